@@ -1,0 +1,52 @@
+"""Files on disk -> Checkpoint: what the model is, and its tensors, mapped and never loaded whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from exporter.checkpoint import huggingface
+from exporter.checkpoint.config import read_spec
+from exporter.errors import InputError
+from exporter.files import sha256
+from exporter.spec import ModelSpec
+
+BUNDLED_MODEL = Path(__file__).resolve().parents[2] / "samples" / "tiny-llama"
+"""The trained model that ships with llama-export, used when no checkpoint is named."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk. Nothing in it is ever written to."""
+
+    folder: Path
+    spec: ModelSpec
+    tensors: Mapping[str, huggingface.LazyTensor]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor called ``name``, in the dtype and shape in which it is stored. Raises InputError."""
+        return self.tensors[name].read()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of what defines the model: the names and contents of config.json and of every weight file."""
+        files = {self.folder / "config.json", *(tensor.file for tensor in self.tensors.values())}
+        lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(files)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read config and tensor headers of a checkpoint and check them against each other. Raises InputError."""
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise InputError(
+            f"checkpoint {folder}: found {found}, a folder was expected",
+            hint="name a folder in Hugging Face layout: config.json, *.safetensors, tokenizer.json",
+        )
+    spec = read_spec(folder)
+    return Checkpoint(folder=folder, spec=spec, tensors=huggingface.map_tensors(folder, spec))

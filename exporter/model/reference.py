@@ -1,0 +1,174 @@
+"""The reference: the same graph, run in eager PyTorch with the same codes and the target's arithmetic.
+
+So a difference between an artifact and its reference is a fault of the lowering, never "quantization noise".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from exporter.model.graph import Constant, Graph, Weight, cache_names
+from exporter.model.ops import attention
+from exporter.quantized import QuantizedTensor
+from exporter.spec import Activations, Arithmetic
+from exporter.store import StoredWeight
+
+FULL_PRECISION = Arithmetic(activations=Activations.FLOAT, compute_dtype="fp32", kv_dtype="fp32")
+"""float32 throughout: with a float32 store, the model itself."""
+
+_KEEP_BYTES = 4 << 30
+"""Dequantized weights kept between calls, up to this size: a bundled or 1B model decodes from memory; what does not
+fit is dequantized again at each call."""
+
+
+class Weights(Protocol):
+    """Whatever answers for the tensors of a model by name: a WeightStore, or a dict of them."""
+
+    def __getitem__(self, name: str, /) -> StoredWeight: ...
+
+
+class Reference:
+    """One model with one key-value cache: ``feed`` token ids, get the logits of every one of them.
+
+    ``noise`` multiplies each output of a linear by 1 + noise * N(0, 1): how far the reference moves under it is the
+    floor under which no artifact can be expected to agree (a flipped rounding of an activation is amplified).
+    """
+
+    def __init__(self, graph: Graph, weights: Weights, arithmetic: Arithmetic, *, noise: float = 0.0) -> None:
+        self._graph = graph
+        self._weights = weights
+        self._arithmetic = arithmetic
+        self._noise = noise
+        self._generator = torch.Generator().manual_seed(0)
+        self._kept: dict[str, _DenseWeight] = {}
+        self._kept_bytes = 0
+        self._caches = self._empty_caches()
+        self._table = {
+            "embedding": lambda ids, weight: F.embedding(ids, self._dense(weight).values),
+            "linear": self._linear,
+            "rms_norm": lambda x, weight, eps: F.rms_norm(x, x.shape[-1:], self._dense(weight).values, eps),
+            "silu": F.silu,
+            "mul": torch.mul,
+            "add": torch.add,
+            "attention": _attention,
+        }
+
+    @property
+    def position(self) -> int:
+        """Tokens in the cache."""
+        return next(iter(self._caches.values())).shape[2]
+
+    @torch.no_grad()
+    def feed(self, ids: Sequence[int]) -> Tensor:
+        """Append ``ids`` (T of them) to the cache; float32 logits ``[T, V]``."""
+        outputs = self._graph.run(self._table, {"ids": torch.tensor([list(ids)]), **self._caches})
+        logits: Tensor = outputs.pop("logits")
+        self._caches = {name.replace("present_", "past_"): value for name, value in outputs.items()}
+        return logits[0]
+
+    def rewind(self, position: int) -> None:
+        """Forget every token from ``position`` on."""
+        self._caches = {name: cache[:, :, :position] for name, cache in self._caches.items()}
+
+    def greedy(self, ids: Sequence[int], *, count: int, stops: Sequence[int]) -> list[int]:
+        """The ``count`` most likely next tokens after ``ids``, one by one, ending early with a stop token."""
+        self.rewind(0)
+        token = int(self.feed(ids)[-1].argmax())
+        answer = [token]
+        while token not in stops and len(answer) < count:
+            token = int(self.feed([token])[-1].argmax())
+            answer.append(token)
+        return answer
+
+    def _empty_caches(self) -> dict[str, Tensor]:
+        spec = self._graph.spec
+        names = [f"past_{name}" for pair in cache_names(spec.num_hidden_layers) for name in pair]
+        return {name: torch.zeros(1, spec.num_key_value_heads, 0, spec.head_dim) for name in names}
+
+    def _linear(self, x: Tensor, weight: Weight) -> Tensor:
+        dense = self._dense(weight)
+        y = F.linear(round_activations(x, self._arithmetic) if dense.quantized else x, dense.values)
+        if self._noise:
+            y = y * (1 + self._noise * torch.randn(y.shape, generator=self._generator))
+        return y
+
+    def _dense(self, weight: Weight) -> _DenseWeight:
+        """float32 values of a weight, rounded as the target rounds what it dequantizes."""
+        if weight.name in self._kept:
+            return self._kept[weight.name]
+        stored = self._weights[weight.name]
+        quantized = isinstance(stored, QuantizedTensor)
+        values = stored.dequantize() if isinstance(stored, QuantizedTensor) else stored.float()
+        if quantized and self._arithmetic.dequantized_dtype == "fp16":
+            values = values.half().float()
+        dense = _DenseWeight(values=values, quantized=quantized)
+        if self._kept_bytes + values.nbytes <= _KEEP_BYTES:
+            self._kept[weight.name] = dense
+            self._kept_bytes += values.nbytes
+        return dense
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _DenseWeight:
+    values: Tensor
+    quantized: bool
+    """Whether it came from codes, so that the input of its linear is rounded too."""
+
+
+def round_activations(x: Tensor, arithmetic: Arithmetic) -> Tensor:
+    """``x`` float32 ``[..., K]`` as a quantized linear of that arithmetic sees it."""
+    match arithmetic.activations:
+        case Activations.FLOAT:
+            return x
+        case Activations.INT8_PER_TOKEN:
+            return _int8_per_token(x)
+        case Activations.INT8_PER_BLOCK:
+            assert arithmetic.activation_block is not None
+            return _int8_per_block(x, arithmetic.activation_block)
+
+
+def _int8_per_token(x: Tensor) -> Tensor:
+    """Asymmetric int8, one scale and zero point for each row: XNNPACK's ``qdint8``.
+
+    The zero point is nudged from whichever end of the range loses less by it, as in XNNPACK's
+    ``xnn_f32_qd8_asymmetric_quantization_params`` (src/xnnpack/quantization.h).
+    """
+    lowest, highest = x.amin(dim=-1, keepdim=True).clamp(max=0.0), x.amax(dim=-1, keepdim=True).clamp(min=0.0)
+    span = highest - lowest
+    inverse_scale = torch.where(span == 0, 1.0, 255.0 / span)
+    from_below, from_above = -128.0 - lowest * inverse_scale, 127.0 - highest * inverse_scale
+    error_sum = (-128.0 + lowest * inverse_scale) + (127.0 + highest * inverse_scale)
+    zero_point = torch.where(error_sum > 0, from_below, from_above).clamp(-128.0, 127.0).round()
+    codes = (x * inverse_scale).round().clamp(-128.0 - zero_point, 127.0 - zero_point)
+    return codes * (1.0 / inverse_scale)
+
+
+def _int8_per_block(x: Tensor, block: int) -> Tensor:
+    """Symmetric int8, one scale of absmax / 127 for each ``block`` columns of a row: MatMulNBits at accuracy_level 4."""
+    blocks = x.unflatten(-1, (-1, block))
+    scales = blocks.abs().amax(dim=-1, keepdim=True) / 127.0
+    codes = (blocks / torch.where(scales == 0, 1.0, scales)).round()
+    return (codes * scales).flatten(-2)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    inv_freq: Constant | None,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    window: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    frequencies = inv_freq.value if inv_freq else None
+    return attention(q, k, v, past_k, past_v, frequencies, heads, kv_heads, scale, window, chunk)

@@ -1,0 +1,46 @@
+"""Rotary position embedding: frequencies from a RopeSpec, tables from frequencies, and the rotation itself."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from exporter.spec import RopeKind, RopeSpec
+
+
+def inverse_frequencies(rope: RopeSpec, *, head_dim: int) -> Tensor:
+    """Radians per position of each pair of channels, scaling folded in: float32 ``[head_dim / 2]`` on the CPU.
+
+    Computed in float32 in the order of operations of transformers, and so bit-equal to it: at position 2,048 one
+    unit in the last place of a frequency is already 1e-4 radians. ``llama3``: wavelengths longer than
+    ``original / low_freq_factor`` are stretched by ``factor``, those shorter than ``original / high_freq_factor``
+    kept, those between blended linearly (``apply_scaling`` in Meta's Llama 3.1 reference code).
+    """
+    with torch.device("cpu"):
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        plain = 1.0 / (rope.theta**exponents)
+        if rope.kind is RopeKind.DEFAULT:
+            return plain
+        if rope.kind is RopeKind.LINEAR:
+            return plain / rope.factor
+        original, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
+        wavelengths = 2 * math.pi / plain
+        stretched = torch.where(wavelengths > original / low, plain / rope.factor, plain)
+        smooth = (original / wavelengths - low) / (high - low)
+        blended = (1 - smooth) * stretched / rope.factor + smooth * stretched
+        between = (wavelengths >= original / high) & (wavelengths <= original / low)
+        return torch.where(between, blended, stretched)
+
+
+def rope_table(inv_freq: Tensor, *, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions ``first .. first + count``: two float32 ``[count, D/2]``."""
+    angles = torch.outer(torch.arange(first, first + count, dtype=torch.float32), inv_freq)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + D/2) of ``x`` ``[..., T, D]`` by the angles of ``[T, D/2]`` tables."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

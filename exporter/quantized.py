@@ -1,0 +1,66 @@
+"""A weight as it is stored: integer codes and the scales that turn them back into numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SMALLEST_SCALE = 2.0**-17
+"""Scales lie on the bf16 grid and are at least this large, so that bf16 (XNNPACK), fp16 (Core ML) and
+fp32 (ONNX Runtime) hold the same value: a bf16 significand (8 bits) fits fp16's 11 bits wherever the
+exponent is in fp16's range, and 2**-17 leaves room for eight significant bits among fp16's subnormals (2**-24)."""
+
+CODE_RANGE = {4: (-8, 7), 8: (-127, 127)}
+"""Smallest and largest code for each bit width. int8 leaves -128 out so that negation stays in range."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedTensor:
+    """Symmetric codes of one weight matrix; ``dequantize`` is its definition.
+
+    ``codes``: int8 ``[N, K]``, within ``CODE_RANGE[bits]`` (int4 is unpacked in memory, packed on disk).
+    ``scales``: float32 ``[N, K / group_size]`` on the bf16 grid; one per row when ``group_size == K``.
+    """
+
+    name: str
+    bits: int
+    group_size: int
+    codes: Tensor
+    scales: Tensor
+
+    def __post_init__(self) -> None:
+        rows, columns = self.codes.shape
+        expected = (rows, columns // self.group_size)
+        if columns % self.group_size or tuple(self.scales.shape) != expected:
+            raise ValueError(
+                f"{self.name}: scales are {tuple(self.scales.shape)}, but codes {(rows, columns)} "
+                f"in groups of {self.group_size} want {expected}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    @property
+    def per_row(self) -> bool:
+        return self.scales.shape[1] == 1
+
+    def dequantize(self) -> Tensor:
+        """float32 ``[N, K]``: code times the scale of its group, exact in float32."""
+        grouped = self.codes.view(self.shape[0], -1, self.group_size).float()
+        return (grouped * self.scales.unsqueeze(-1)).view(self.shape)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Two's-complement nibbles, low nibble first: int8 ``[..., K]`` -> uint8 ``[..., K / 2]``."""
+    nibbles = codes.view(torch.uint8) & 0xF
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The inverse of :func:`pack_int4`: uint8 ``[..., K / 2]`` -> int8 ``[..., K]``."""
+    nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+    return ((nibbles ^ 8).to(torch.int8)) - 8

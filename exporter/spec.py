@@ -1,0 +1,212 @@
+"""The nouns that travel between the stages. Frozen, checked when made, and free of torch so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+
+class RopeKind(StrEnum):
+    DEFAULT = "default"
+    LINEAR = "linear"
+    LLAMA3 = "llama3"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeSpec:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and how its frequencies are stretched."""
+
+    theta: float
+    kind: RopeKind = RopeKind.DEFAULT
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_position_embeddings: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A dense Llama decoder: every figure that its graph depends on, under its ``config.json`` name."""
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope: RopeSpec
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    """Every token that ends an answer, the first of them the main one."""
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be divisible by "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary embedding turns pairs of channels")
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every stored tensor, in the order of the model; a tied head is not one of them."""
+        hidden, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        layer = {
+            "input_layernorm": (hidden,),
+            "self_attn.q_proj": (heads * self.head_dim, hidden),
+            "self_attn.k_proj": (kv_heads * self.head_dim, hidden),
+            "self_attn.v_proj": (kv_heads * self.head_dim, hidden),
+            "self_attn.o_proj": (hidden, heads * self.head_dim),
+            "post_attention_layernorm": (hidden,),
+            "mlp.gate_proj": (self.intermediate_size, hidden),
+            "mlp.up_proj": (self.intermediate_size, hidden),
+            "mlp.down_proj": (hidden, self.intermediate_size),
+        }
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, hidden)}
+        for index in range(self.num_hidden_layers):
+            shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+        shapes[FINAL_NORM] = (hidden,)
+        if not self.tie_word_embeddings:
+            shapes[HEAD] = (self.vocab_size, hidden)
+        return shapes
+
+    def stored_name(self, name: str) -> str:
+        """The tensor that holds weight ``name``: a tied head lies in the embedding."""
+        return EMBEDDING if name == HEAD and self.tie_word_embeddings else name
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.weights().values())
+
+
+class Precision(StrEnum):
+    """How weights are stored."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of an integer precision; None for a floating-point one."""
+        return {Precision.INT8: 8, Precision.INT4: 4}.get(self)
+
+
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightScheme:
+    """Which precision each weight matrix is stored in; norms are float32 always. The same for every target."""
+
+    body: Precision
+    embedding: Precision
+    head: Precision
+    group_size: int
+    """Columns that share an int4 scale; int8 has one scale per row."""
+
+    def precision(self, name: str) -> Precision:
+        """Of the weight matrix called ``name``."""
+        return {EMBEDDING: self.embedding, HEAD: self.head}.get(name, self.body)
+
+    def groups(self, name: str, *, columns: int) -> int:
+        """The number of columns of weight ``name`` that share one scale."""
+        return self.group_size if self.precision(name) is Precision.INT4 else columns
+
+
+class Activations(StrEnum):
+    """How a runtime rounds the input of a quantized linear. Each one is emulated exactly by the reference."""
+
+    FLOAT = "float"
+    INT8_PER_TOKEN = "int8-per-token"
+    """Asymmetric int8 with one scale and zero point for each token (XNNPACK's qdint8)."""
+    INT8_PER_BLOCK = "int8-per-block"
+    """Symmetric int8 with one scale for each block of each token (MatMulNBits at accuracy_level 4)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """What a target does with numbers apart from the codes; the reference computes the same way."""
+
+    activations: Activations
+    activation_block: int | None = None
+    """Columns in a block, for ``INT8_PER_BLOCK``."""
+    compute_dtype: str
+    kv_dtype: str
+    dequantized_dtype: str = "fp32"
+    """What code x scale is rounded to before it is used (Core ML: fp16)."""
+
+
+class Logits(StrEnum):
+    """Which positions of a call the head is computed for."""
+
+    LAST = "last"
+    ALL = "all"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One run, as asked for: from one checkpoint to one artifact per target."""
+
+    checkpoint: Path
+    targets: tuple[str, ...]
+    scheme: WeightScheme
+    context: int
+    """Positions the key-value cache holds."""
+    logits: Logits = Logits.LAST
+    out: Path
+    store: Path
+    """The cache folder in which quantized weights are kept and found again."""
+    evaluation_text: Path
+    threads: int
+    """Threads that a runtime may use while it is measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A file, or a package of files, that one runtime loads."""
+
+    target: str
+    backend: str
+    path: Path
+    spec: ModelSpec
+    scheme: WeightScheme
+    arithmetic: Arithmetic
+    context: int
+    logits: Logits
+
+
+class Verdict(StrEnum):
+    """Only ``passed`` is green: what was not executed is not measured."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The outcome of one kind of proof. ``figures`` are always shown, whatever the verdict."""
+
+    verdict: Verdict
+    reason: str = ""
+    """Why it failed or was not measured, in a sentence; empty when it passed."""
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        reason = {"reason": self.reason} if self.reason else {}
+        return {"verdict": self.verdict.value, **reason, **self.figures}

@@ -1,0 +1,85 @@
+"""What a target promises. Its toolchain is imported only inside its own folder, when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from exporter.model.graph import Graph
+from exporter.spec import Arithmetic, Artifact, ModelSpec, Plan, WeightScheme
+from exporter.store import StoredWeight, WeightStore
+
+
+class Runner(Protocol):
+    """One loaded artifact with one key-value cache. Close it when done, or open it in a ``with``."""
+
+    load_s: float
+    """Seconds it took to load the artifact."""
+
+    @property
+    def position(self) -> int:
+        """Tokens in the cache; the next one fed has this position."""
+        ...
+
+    def feed(self, ids: Sequence[int]) -> Tensor:
+        """Append any number of tokens to the cache; float32 logits ``[1, V]`` after the last of them, or ``[T, V]``
+        from an artifact made with ``Logits.ALL``. Raises InputError when the context would be exceeded."""
+        ...
+
+    def rewind(self, position: int) -> None:
+        """Forget every token from ``position`` on (0: start anew). Raises InputError beyond the current position."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Target(Protocol):
+    """One toolchain that turns a graph and its weights into a file that a device runs."""
+
+    name: ClassVar[str]
+    backends: ClassVar[tuple[str, ...]]  # the first is the default
+    format: ClassVar[str]  # file suffix and what it is, for `llama-export targets`
+
+    def refuse(self, spec: ModelSpec, plan: Plan) -> str | None:
+        """Why this plan cannot work, in one sentence; None if it can. Reads no weight, imports no toolchain."""
+        ...
+
+    def arithmetic(self, scheme: WeightScheme) -> Arithmetic:
+        """What the artifact's runtime does with numbers under that scheme: the reference will do the same."""
+        ...
+
+    def lower(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> Artifact:
+        """Write one artifact under ``out``. Raises MissingToolError or LoweringError; leaves no half file."""
+        ...
+
+    def find(self, bundle: Path) -> Path:
+        """Where the artifact lies in a bundle folder."""
+        ...
+
+    def read_weights(self, artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
+        """Every weight as it lies in the artifact's file, for the codes verdict; a weight stored twice comes twice.
+        Codes may come in finer groups than the store's (one scale repeated)."""
+        ...
+
+    def runtime(self) -> str:
+        """What ``open`` executes the artifact with on this host, with its version."""
+        ...
+
+    def open(self, artifact: Artifact, *, threads: int) -> AbstractContextManager[Runner]:
+        """Load the artifact on this host. Raises HostError where this host cannot execute it."""
+        ...
+
+    def open_structure(
+        self, artifact: Artifact, *, graph: Graph, store: WeightStore, plan: Plan, scratch: Path
+    ) -> AbstractContextManager[Runner]:
+        """The same lowering with activations left unquantized (and fp32 arithmetic), for the strict half of parity.
+        ``scratch`` is an empty folder for whatever has to be written."""
+        ...
+
+    def latency_unmeasurable(self) -> str | None:
+        """Why latency cannot be measured on this host, in one sentence; None if it can."""
+        ...
