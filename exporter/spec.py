@@ -143,12 +143,21 @@ class Arithmetic:
     """What a target does with numbers apart from the codes; the reference computes the same way."""
 
     activations: Activations
-    activation_block: int | None = None
-    """Columns in a block, for ``INT8_PER_BLOCK``."""
     compute_dtype: str
     kv_dtype: str
     dequantized_dtype: str = "fp32"
     """What code x scale is rounded to before it is used (Core ML: fp16)."""
+
+
+ROW_BLOCKS = (128, 64, 32, 16)
+
+
+def activation_block(*, columns: int, group_size: int) -> int:
+    """Columns of the input that share a scale under ``INT8_PER_BLOCK``: the weight's own groups; for a weight with one
+    scale per row the largest block that divides it, since MatMulNBits blocks weights and activations alike."""
+    if group_size < columns:
+        return group_size
+    return next((block for block in ROW_BLOCKS if columns % block == 0), columns)
 
 
 class Logits(StrEnum):

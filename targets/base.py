@@ -9,9 +9,25 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from exporter.errors import InputError
 from exporter.model.graph import Graph
 from exporter.spec import Arithmetic, Artifact, ModelSpec, Plan, WeightScheme
 from exporter.store import StoredWeight, WeightStore
+
+
+def check_room(*, position: int, count: int, context: int) -> None:
+    """Raises InputError when ``count`` tokens after ``position`` would not fit a cache of ``context`` positions."""
+    if count < 1 or position + count > context:
+        raise InputError(
+            f"{count} tokens at position {position} do not fit a context of {context}",
+            hint="feed between 1 and the room that is left, rewind, or export with a larger --context",
+        )
+
+
+def check_rewind(position: int, *, current: int) -> None:
+    """Raises InputError for a position that is not in the cache."""
+    if not 0 <= position <= current:
+        raise InputError(f"cannot rewind to position {position}: the cache holds {current}", hint="rewind to 0 or more")
 
 
 class Runner(Protocol):

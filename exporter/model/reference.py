@@ -16,7 +16,7 @@ from torch import Tensor
 from exporter.model.graph import Constant, Graph, Weight, cache_names
 from exporter.model.ops import attention
 from exporter.quantized import QuantizedTensor
-from exporter.spec import Activations, Arithmetic
+from exporter.spec import Activations, Arithmetic, activation_block
 from exporter.store import StoredWeight
 
 FULL_PRECISION = Arithmetic(activations=Activations.FLOAT, compute_dtype="fp32", kv_dtype="fp32")
@@ -93,7 +93,9 @@ class Reference:
 
     def _linear(self, x: Tensor, weight: Weight) -> Tensor:
         dense = self._dense(weight)
-        y = F.linear(round_activations(x, self._arithmetic) if dense.quantized else x, dense.values)
+        if dense.group_size:
+            x = round_activations(x, self._arithmetic.activations, group_size=dense.group_size)
+        y = F.linear(x, dense.values)
         if self._noise:
             y = y * (1 + self._noise * torch.randn(y.shape, generator=self._generator))
         return y
@@ -103,34 +105,35 @@ class Reference:
         if weight.name in self._kept:
             return self._kept[weight.name]
         stored = self._weights[weight.name]
-        quantized = isinstance(stored, QuantizedTensor)
-        values = stored.dequantize() if isinstance(stored, QuantizedTensor) else stored.float()
-        if quantized and self._arithmetic.dequantized_dtype == "fp16":
-            values = values.half().float()
-        dense = _DenseWeight(values=values, quantized=quantized)
-        if self._kept_bytes + values.nbytes <= _KEEP_BYTES:
+        if isinstance(stored, QuantizedTensor):
+            values = stored.dequantize()
+            if self._arithmetic.dequantized_dtype == "fp16":
+                values = values.half().float()
+            dense = _DenseWeight(values=values, group_size=stored.group_size)
+        else:
+            dense = _DenseWeight(values=stored.float(), group_size=None)
+        if self._kept_bytes + dense.values.nbytes <= _KEEP_BYTES:
             self._kept[weight.name] = dense
-            self._kept_bytes += values.nbytes
+            self._kept_bytes += dense.values.nbytes
         return dense
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _DenseWeight:
     values: Tensor
-    quantized: bool
-    """Whether it came from codes, so that the input of its linear is rounded too."""
+    group_size: int | None
+    """Of the codes it came from, whose linear then sees a rounded input too; None if it was stored as floats."""
 
 
-def round_activations(x: Tensor, arithmetic: Arithmetic) -> Tensor:
-    """``x`` float32 ``[..., K]`` as a quantized linear of that arithmetic sees it."""
-    match arithmetic.activations:
+def round_activations(x: Tensor, activations: Activations, *, group_size: int) -> Tensor:
+    """``x`` float32 ``[..., K]`` as a linear sees it whose weight is quantized in groups of ``group_size``."""
+    match activations:
         case Activations.FLOAT:
             return x
         case Activations.INT8_PER_TOKEN:
             return _int8_per_token(x)
         case Activations.INT8_PER_BLOCK:
-            assert arithmetic.activation_block is not None
-            return _int8_per_block(x, arithmetic.activation_block)
+            return _int8_per_block(x, activation_block(columns=x.shape[-1], group_size=group_size))
 
 
 def _int8_per_token(x: Tensor) -> Tensor:

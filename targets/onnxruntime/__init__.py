@@ -1,0 +1,89 @@
+"""The ONNX Runtime target: one ``model.onnx`` with its weights beside it, loadable by onnxruntime-genai as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from exporter.errors import LoweringError
+from exporter.spec import Activations, Arithmetic, Artifact, Logits, ModelSpec, Plan, Precision, WeightScheme
+
+if TYPE_CHECKING:
+    from exporter.model.graph import Graph
+    from exporter.store import StoredWeight, WeightStore
+    from targets.base import Runner
+
+MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
+
+
+class OnnxRuntimeTarget:
+    name: ClassVar[str] = "onnxruntime"
+    backends: ClassVar[tuple[str, ...]] = ("cpu",)
+    format: ClassVar[str] = ".onnx with external data, genai_config.json"
+
+    def refuse(self, spec: ModelSpec, plan: Plan) -> str | None:
+        matrices = {name: shape for name, shape in spec.weights().items() if len(shape) == 2}
+        odd = [
+            f"{name} has {shape[1]} columns"
+            for name, shape in matrices.items()
+            if plan.scheme.precision(name) is Precision.INT8 and shape[1] % 16
+        ]
+        return f"MatMulNBits takes blocks of 16 columns or more, but {odd[0]}" if odd else None
+
+    def arithmetic(self, scheme: WeightScheme) -> Arithmetic:
+        quantized = scheme.body.bits or scheme.head.bits
+        activations = Activations.INT8_PER_BLOCK if quantized else Activations.FLOAT
+        return Arithmetic(activations=activations, compute_dtype="fp32", kv_dtype="fp32")
+
+    def lower(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> Artifact:
+        from targets.onnxruntime.genai import genai_config
+        from targets.onnxruntime.lower import lower
+
+        path = out / MODEL
+        lower(graph, store, plan, path=path, data_name=DATA)
+        config = genai_config(graph.spec, context=plan.context, filename=MODEL)
+        (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return Artifact(
+            target=self.name,
+            backend=self.backends[0],
+            path=path,
+            spec=graph.spec,
+            scheme=plan.scheme,
+            arithmetic=self.arithmetic(plan.scheme),
+            context=plan.context,
+            logits=plan.logits,
+        )
+
+    def find(self, bundle: Path) -> Path:
+        return bundle / MODEL
+
+    def read_weights(self, artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
+        from targets.onnxruntime.read import read_weights
+
+        return read_weights(artifact)
+
+    def runtime(self) -> str:
+        import onnxruntime
+
+        return f"onnxruntime {onnxruntime.__version__}, CPUExecutionProvider"
+
+    def open(self, artifact: Artifact, *, threads: int) -> AbstractContextManager[Runner]:
+        from targets.onnxruntime.runner import OnnxRuntimeRunner
+
+        return OnnxRuntimeRunner(artifact, threads=threads)
+
+    def open_structure(
+        self, artifact: Artifact, *, graph: Graph, store: WeightStore, plan: Plan, scratch: Path
+    ) -> AbstractContextManager[Runner]:
+        from targets.onnxruntime.runner import OnnxRuntimeRunner, without_activation_rounding
+
+        return OnnxRuntimeRunner(artifact, threads=plan.threads, model=without_activation_rounding(artifact.path))
+
+    def latency_unmeasurable(self) -> str | None:
+        return None
+
+
+TARGET = OnnxRuntimeTarget()

@@ -1,0 +1,294 @@
+"""Graph + WeightStore -> ``model.onnx``: a table from our ops to ONNX Runtime's, in the form onnxruntime-genai loads.
+
+Linears become MatMulNBits, attention GroupQueryAttention with its rotary embedding built in and a cache that past and
+present share. Weights are drawn from the store one at a time while the external data file is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from exporter.errors import LoweringError
+from exporter.model.graph import Constant, Graph, Weight, cache_names
+from exporter.model.rope import rope_table
+from exporter.quantized import QuantizedTensor, pack_int4
+from exporter.spec import FINAL_NORM, Logits, Plan, activation_block
+from exporter.store import WeightStore
+
+OPSET = 21
+MICROSOFT = "com.microsoft"
+IR_VERSION = 10
+FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+_ZERO_POINT = {4: 8, 8: 128}
+"""MatMulNBits stores unsigned codes; without a zero-point input it subtracts these."""
+
+_WRITE_AHEAD_BYTES = 128 << 20
+
+
+def lower(graph: Graph, store: WeightStore, plan: Plan, *, path: Path, data_name: str) -> None:
+    """Write ``path`` and, beside it, its weights in the file ``data_name``."""
+    emitter = Emitter(graph, store, plan)
+    model = emitter.build()
+    ir.save(model, path, external_data=data_name, max_workers=1, max_in_flight_bytes=_WRITE_AHEAD_BYTES)
+
+
+class Emitter:
+    """Collects nodes and initializers while the graph is walked; a value is an ``ir.Value`` all the way."""
+
+    def __init__(self, graph: Graph, store: WeightStore, plan: Plan) -> None:
+        self._graph = graph
+        self._store = store
+        self._plan = plan
+        self._nodes: list[ir.Node] = []
+        self._initializers: dict[str, ir.Value] = {}
+        self._attention_lengths: tuple[ir.Value, ir.Value] | None = None
+
+    def build(self) -> ir.Model:
+        spec, caches = self._graph.spec, cache_names(self._graph.spec.num_hidden_layers)
+        input_ids = _value("input_ids", INT64, ("batch_size", "sequence_length"))
+        attention_mask = _value("attention_mask", INT64, ("batch_size", "total_sequence_length"))
+        past_shape = ("batch_size", spec.num_key_value_heads, "past_sequence_length", spec.head_dim)
+        present_shape = ("batch_size", spec.num_key_value_heads, "total_sequence_length", spec.head_dim)
+        past = {f"past_{name}": _value(genai_name("past_key_values", name), FLOAT, past_shape) for name in _flat(caches)}
+
+        self._attention_lengths = self._lengths(attention_mask)
+        outputs = self._graph.run(self._table(), {"ids": input_ids, **past})
+
+        logits = outputs["logits"]
+        logits.name, logits.dtype = "logits", FLOAT
+        logits_length = 1 if self._plan.logits is Logits.LAST else "sequence_length"
+        logits.shape = ir.Shape(("batch_size", logits_length, spec.vocab_size))
+        presents = []
+        for name in _flat(caches):
+            present = outputs[f"present_{name}"]
+            present.name, present.dtype, present.shape = genai_name("present", name), FLOAT, ir.Shape(present_shape)
+            presents.append(present)
+        fuse_residual_norms(self._nodes)
+        onnx_graph = ir.Graph(
+            [input_ids, attention_mask, *past.values()],
+            [logits, *presents],
+            nodes=self._nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports={"": OPSET, MICROSOFT: 1},
+            name=spec.name,
+        )
+        return ir.Model(onnx_graph, ir_version=IR_VERSION, producer_name="llama-export")
+
+    def _table(self) -> dict[str, Callable[..., Any]]:
+        return {
+            "embedding": self._embedding,
+            "linear": self._linear,
+            "rms_norm": self._rms_norm,
+            "silu": lambda x: self._op("Mul", x, self._op("Sigmoid", x)),
+            "mul": lambda a, b: self._op("Mul", a, b),
+            "add": lambda a, b: self._op("Add", a, b),
+            "attention": self._attention,
+        }
+
+    def _embedding(self, ids: ir.Value, weight: Weight) -> ir.Value:
+        """Gather rows of codes and dequantize those alone, so that a tied head and the embedding share one tensor."""
+        if not self._store.scheme.precision(weight.name).bits:
+            return self._to_float(self._op("Gather", self._dense(weight), ids))
+        codes, scales, bits, _ = self._codes(weight)
+        rows = self._op("Gather", codes, ids)  # uint8 [1, T, K/b, b*bits/8]
+        if bits == 4:
+            rows = self._unpack_int4(rows)  # uint8 [1, T, K/b, b]
+        centred = self._op("Sub", self._to_float(rows), self._constant(float(_ZERO_POINT[bits])))
+        row_scales = self._op("Unsqueeze", self._op("Gather", scales, ids), self._constant([-1]))  # [1, T, K/b, 1]
+        return self._op("Reshape", self._op("Mul", centred, row_scales), self._constant([0, 0, weight.shape[1]]))
+
+    def _unpack_int4(self, packed: ir.Value) -> ir.Value:
+        low = self._op("BitwiseAnd", packed, self._constant(np.uint8(15)))
+        high = self._op("BitShift", packed, self._constant(np.uint8(4)), direction="RIGHT")
+        last = self._constant([-1])
+        pairs = self._op("Concat", self._op("Unsqueeze", low, last), self._op("Unsqueeze", high, last), axis=-1)
+        return self._op("Reshape", pairs, self._constant([0, 0, 0, -1]))
+
+    def _linear(self, x: ir.Value, weight: Weight) -> ir.Value:
+        rows, columns = weight.shape
+        if not self._store.scheme.precision(weight.name).bits:
+            return self._op("FusedMatMul", x, self._to_float(self._dense(weight)), domain=MICROSOFT, transB=1)
+        codes, scales, bits, block = self._codes(weight)
+        return self._op(
+            "MatMulNBits",
+            *(x, codes, scales),
+            domain=MICROSOFT,
+            **{"N": rows, "K": columns, "bits": bits, "block_size": block, "accuracy_level": 4},
+        )
+
+    def _rms_norm(self, x: ir.Value, weight: Weight, eps: float) -> ir.Value:
+        if weight.name == FINAL_NORM and self._plan.logits is Logits.LAST:
+            end = self._constant([np.iinfo(np.int64).max])
+            x = self._op("Slice", x, self._constant([-1]), end, self._constant([1]))  # [1, T, H] -> [1, 1, H]
+        return self._op("SimplifiedLayerNormalization", x, self._dense(weight), axis=-1, epsilon=eps, stash_type=1)
+
+    def _attention(
+        self,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        past_k: ir.Value,
+        past_v: ir.Value,
+        inv_freq: Constant | None,
+        heads: int,
+        kv_heads: int,
+        scale: float,
+        window: int,
+        chunk: int,
+    ) -> tuple[ir.Value, ...]:
+        if chunk:
+            raise LoweringError(
+                f"GroupQueryAttention has no chunked attention (chunk {chunk})", hint="take another target"
+            )
+        assert self._attention_lengths is not None  # set before the walk
+        tables = self._rope_tables(inv_freq) if inv_freq else (None, None)
+        return self._op(
+            "GroupQueryAttention",
+            *(q, k, v, past_k, past_v, *self._attention_lengths, *tables),
+            domain=MICROSOFT,
+            outputs=3,
+            num_heads=heads,
+            kv_num_heads=kv_heads,
+            scale=scale,
+            do_rotary=int(inv_freq is not None),
+            local_window_size=window or -1,
+        )
+
+    def _lengths(self, attention_mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """What GroupQueryAttention wants to know: the index of each sequence's last token, and the longest length."""
+        used = self._op("ReduceSum", attention_mask, self._constant([1]), keepdims=0)
+        last_index = self._op("Cast", self._op("Sub", used, self._constant([1])), to=ir.DataType.INT32)
+        longest = self._op("Gather", self._op("Shape", attention_mask), self._constant(1), axis=0)
+        return last_index, self._op("Cast", longest, to=ir.DataType.INT32)
+
+    def _rope_tables(self, inv_freq: Constant) -> tuple[ir.Value, ir.Value]:
+        cos, sin = rope_table(inv_freq.value, first=0, count=self._plan.context)
+        return (
+            self._initializer(f"{inv_freq.name}.cos", FLOAT, tuple(cos.shape), lambda: cos),
+            self._initializer(f"{inv_freq.name}.sin", FLOAT, tuple(sin.shape), lambda: sin),
+        )
+
+    def _codes(self, weight: Weight) -> tuple[ir.Value, ir.Value, int, int]:
+        """Initializers of unsigned codes ``[N, K/b, b*bits/8]`` and scales ``[N, K/b]``; bits; the block size b."""
+        rows, columns = weight.shape
+        scheme = self._store.scheme
+        bits = scheme.precision(weight.name).bits
+        assert bits is not None  # both callers have asked
+        group_size = scheme.groups(weight.name, columns=columns)
+        block = activation_block(columns=columns, group_size=group_size)
+        blocks = columns // block
+        codes = self._initializer(
+            f"{weight.name}.codes",
+            ir.DataType.UINT8,
+            (rows, blocks, block * bits // 8),
+            lambda: _unsigned(self._read(weight)).view(rows, blocks, -1),
+        )
+        scales = self._initializer(
+            f"{weight.name}.scales",
+            FLOAT,
+            (rows, blocks),
+            lambda: self._read(weight).scales.repeat_interleave(group_size // block, dim=1),
+        )
+        return codes, scales, bits, block
+
+    def _read(self, weight: Weight) -> QuantizedTensor:
+        stored = self._store[weight.name]
+        assert isinstance(stored, QuantizedTensor)  # the scheme has said so
+        return stored
+
+    def _dense(self, weight: Weight) -> ir.Value:
+        def read() -> Tensor:
+            stored = self._store[weight.name]
+            assert isinstance(stored, Tensor)
+            return stored
+
+        half = len(weight.shape) == 2 and self._store.scheme.precision(weight.name) == "fp16"
+        return self._initializer(weight.name, ir.DataType.FLOAT16 if half else FLOAT, weight.shape, read)
+
+    def _to_float(self, x: ir.Value) -> ir.Value:
+        return x if x.dtype == FLOAT else self._op("Cast", x, to=FLOAT)
+
+    def _initializer(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Tensor]
+    ) -> ir.Value:
+        """A tensor that is read when the file is written; asked for twice, it is still stored once."""
+        if name not in self._initializers:
+            lazy = ir.LazyTensor(
+                lambda: ir.Tensor(read().contiguous().numpy(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name
+            )
+            value = _value(name, dtype, shape)
+            value.const_value = lazy
+            self._initializers[name] = value
+        return self._initializers[name]
+
+    def _constant(self, content: list[int] | float | np.uint8) -> ir.Value:
+        """A small initializer, named after what it holds: an int64 list or scalar, a float or a byte."""
+        array = np.asarray(content, dtype=np.float32 if isinstance(content, float) else None)
+        name = f"constant.{array.dtype}.{'_'.join(map(str, array.ravel()))}" + (".list" if array.ndim else "")
+        return self._initializer(
+            name, ir.DataType.from_numpy(array.dtype), array.shape, lambda: torch.from_numpy(array.copy())
+        )
+
+    def _op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
+        """Append a node; its only output, or the tuple of them. Dtypes are tracked where ``_to_float`` looks at them."""
+        name = f"{op_type}_{len(self._nodes)}"
+        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
+        for index, output in enumerate(node.outputs):
+            output.name = f"{name}.{index}"
+        if op_type == "Gather" and inputs[0] is not None and inputs[0].dtype is not None:
+            node.outputs[0].dtype = inputs[0].dtype
+        if op_type == "Cast":
+            node.outputs[0].dtype = attributes["to"]
+        self._nodes.append(node)
+        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+
+def fuse_residual_norms(nodes: list[ir.Node]) -> None:
+    """Add followed by a norm -> SkipSimplifiedLayerNormalization, which does both and gives the sum as well."""
+    for norm in [node for node in nodes if node.op_type == "SimplifiedLayerNormalization"]:
+        total, gamma = norm.inputs
+        add = total.producer() if total is not None else None
+        if add is None or add.op_type != "Add":
+            continue
+        fused = ir.node(
+            "SkipSimplifiedLayerNormalization",
+            [*add.inputs, gamma],
+            {"epsilon": norm.attributes["epsilon"].as_float()},
+            domain=MICROSOFT,
+            num_outputs=4,
+            name=norm.name,
+        )
+        for old, new in ((norm.outputs[0], fused.outputs[0]), (add.outputs[0], fused.outputs[3])):
+            new.name, old.name = old.name, None
+            old.replace_all_uses_with(new)
+        fused.outputs[1].name = fused.outputs[2].name = ""
+        nodes[nodes.index(norm)] = fused
+        nodes.remove(add)
+
+
+def genai_name(prefix: str, cache: str) -> str:
+    """onnxruntime-genai's name of a cache: ``k.3`` -> ``past_key_values.3.key``."""
+    kind, layer = cache.split(".")
+    return f"{prefix}.{layer}.{'key' if kind == 'k' else 'value'}"
+
+
+def _unsigned(tensor: QuantizedTensor) -> Tensor:
+    """MatMulNBits' codes: offset by half the range, int4 packed two to a byte, low nibble first; uint8."""
+    if tensor.bits == 4:
+        return pack_int4(tensor.codes ^ -8)  # flips the sign bit of the nibble: -8..7 -> 0..15
+    return tensor.codes.view(torch.uint8) ^ 0x80
+
+
+def _flat(caches: list[tuple[str, str]]) -> list[str]:
+    return [name for pair in caches for name in pair]
+
+
+def _value(name: str, dtype: ir.DataType, shape: tuple[int | str, ...]) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))

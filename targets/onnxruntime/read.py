@@ -1,0 +1,55 @@
+"""Reads the weights of a ``model.onnx`` back, as they lie in the file, for the codes verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from exporter.errors import LoweringError
+from exporter.quantized import QuantizedTensor, unpack_int4
+from exporter.spec import Artifact
+from exporter.store import StoredWeight
+
+_CODES, _SCALES = ".codes", ".scales"
+
+
+def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
+    """Every initializer that belongs to the model, each weight once; codes in MatMulNBits' blocks."""
+    tensors = _initializers(artifact.path)
+    for name in tensors:
+        base = name.removesuffix(_CODES)
+        if base != name:
+            codes, scales = _torch(tensors[name]), _torch(tensors[base + _SCALES])
+            yield base, _quantized(base, codes=codes, scales=scales, columns=artifact.spec.weights()[base][1])
+        elif not name.endswith(_SCALES) and not name.startswith(("constant.", "inv_freq.")):
+            yield name, _torch(tensors[name])
+
+
+def _initializers(path: Path) -> dict[str, ir.TensorProtocol]:
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf, onnx and onnx_ir each raise their own
+        raise LoweringError(f"{path.name} is not an ONNX model: {error}", hint="export the model again") from error
+    return {name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None}
+
+
+def _quantized(name: str, *, codes: Tensor, scales: Tensor, columns: int) -> QuantizedTensor:
+    """uint8 ``[N, K/b, b*bits/8]`` and float32 ``[N, K/b]`` -> the codes they stand for, in groups of b."""
+    rows, blocks, block_bytes = codes.shape
+    bits = 8 * blocks * block_bytes // columns
+    packed = codes.view(rows, blocks * block_bytes)
+    return QuantizedTensor(
+        name=name,
+        bits=bits,
+        group_size=columns // blocks,
+        codes=unpack_int4(packed) ^ -8 if bits == 4 else (packed ^ 0x80).view(torch.int8),
+        scales=scales,
+    )
+
+
+def _torch(tensor: ir.TensorProtocol) -> Tensor:
+    return torch.from_numpy(tensor.numpy().copy())

@@ -1,0 +1,97 @@
+"""Runs a ``model.onnx`` with ONNX Runtime, past and present bound to one shared cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from exporter.errors import LoweringError
+from exporter.spec import Artifact, Logits
+from targets.base import check_room, check_rewind
+
+ort.set_default_logger_severity(3)  # errors only: a warning about a node that runs on the CPU is no news here
+
+
+class OnnxRuntimeRunner:
+    """One session with one cache of ``[1, KV, context, D]`` per layer for keys and for values, written in place."""
+
+    def __init__(self, artifact: Artifact, *, threads: int, model: bytes | None = None) -> None:
+        """``model``: the serialized graph to run in place of the file's, on the weights that lie beside it."""
+        self._artifact = artifact
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        folder_key = "session.model_external_initializers_file_folder_path"
+        started = time.perf_counter()
+        try:
+            if model is not None:
+                options.add_session_config_entry(folder_key, str(artifact.path.parent))
+            source: bytes | str = model if model is not None else str(artifact.path)
+            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises a class of its own for each status code, without a common base
+            raise LoweringError(
+                f"ONNX Runtime cannot load {artifact.path.name}: {error}", hint="export the model again"
+            ) from error
+        self.load_s = time.perf_counter() - started
+        self._position = 0
+        spec = artifact.spec
+        shape = (1, spec.num_key_value_heads, artifact.context, spec.head_dim)
+        self._caches = {
+            (layer, kind): ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=np.float32))
+            for layer in range(spec.num_hidden_layers)
+            for kind in ("key", "value")
+        }
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    def feed(self, ids: Sequence[int]) -> Tensor:
+        check_room(position=self._position, count=len(ids), context=self._artifact.context)
+        total = self._position + len(ids)
+        rows = 1 if self._artifact.logits is Logits.LAST else len(ids)
+        logits = np.empty((1, rows, self._artifact.spec.vocab_size), dtype=np.float32)
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("input_ids", np.array([list(ids)], dtype=np.int64))
+        binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
+        for (layer, kind), cache in self._caches.items():
+            binding.bind_ortvalue_input(f"past_key_values.{layer}.{kind}", cache)
+            binding.bind_ortvalue_output(f"present.{layer}.{kind}", cache)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # see above
+            raise LoweringError(f"ONNX Runtime failed while running: {error}", hint="export the model again") from error
+        self._position = total
+        return torch.from_numpy(logits)[0]
+
+    def rewind(self, position: int) -> None:
+        check_rewind(position, current=self._position)
+        self._position = position
+
+    def close(self) -> None:
+        del self._session, self._caches
+
+    def __enter__(self) -> OnnxRuntimeRunner:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def without_activation_rounding(path: Path) -> bytes:
+    """The graph in ``path`` with every MatMulNBits at accuracy_level 0 (float activations) and nothing else changed."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    return model.SerializeToString()
