@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -9,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from exporter.errors import CapacityError
 
 
 @contextmanager
@@ -18,6 +21,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
+    temporary.chmod(0o644)
     try:
         yield temporary
         temporary.replace(path)
@@ -27,7 +31,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_in_progress(parent: Path, name: str) -> Iterator[Path]:
-    """A new hidden folder in ``parent`` for what will become ``name``; whatever is still in it at the end is removed."""
+    """A new hidden folder in ``parent`` for what will become ``name``; what is still there at the end is removed."""
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=parent, prefix=f".{name}."))
     folder.chmod(0o755)
@@ -51,3 +55,11 @@ def put_in_place(folder: Path, destination: Path) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def disk_full(error: OSError) -> CapacityError | None:
+    """The error of ours for a disk, or a quota, that ran full; None for any other."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return None
+    place = f" while writing {error.filename}" if error.filename else ""
+    return CapacityError(f"the disk is full{place}", hint="free some space; what was half written has been removed")

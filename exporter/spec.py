@@ -1,4 +1,4 @@
-"""The nouns that travel between the stages. Frozen, checked when made, and free of torch so that ``--help`` is quick."""
+"""The nouns that travel between the stages: frozen, checked when made, free of torch so that ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RopeSpec:
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
-    original_max_position_embeddings: int = 0
+    original_max_position_embeddings: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

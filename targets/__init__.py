@@ -15,7 +15,12 @@ NAMES = ("executorch", "onnxruntime", "coreml")
 
 def load(name: str) -> Target:
     """The target called ``name``. Raises UsageError, naming the known ones."""
-    if name not in NAMES:
-        raise UsageError(f"unknown target {name!r}; known: {', '.join(NAMES)}, all", hint="choose one with --target")
+    check_known(name)
     target: Target = importlib.import_module(f"targets.{name}").TARGET
     return target
+
+
+def check_known(name: str) -> None:
+    """Raises UsageError for a name that is none of a target."""
+    if name not in NAMES:
+        raise UsageError(f"unknown target {name!r}; known: {', '.join(NAMES)}, all", hint="choose one with --target")

@@ -49,12 +49,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """The ModelSpec of a checkpoint in Hugging Face layout. Raises InputError, naming the field, what it holds and what is known."""
+    """The ModelSpec of a folder in Hugging Face layout. Raises InputError with the field, its value and those known."""
     path = folder / "config.json"
     config = read_json(path)
     for field, known in _ONLY.items():
         if config.get(field, known[0]) not in known:
-            raise _unknown(path, field, config[field], known=[value for value in known if value is not None] or ["none"])
+            raise _unknown(
+                path, field, config[field], known=[value for value in known if value is not None] or ["none"]
+            )
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
     if architectures != ["LlamaForCausalLM"]:
         raise _unknown(path, "architectures", architectures, known=[["LlamaForCausalLM"]])
@@ -62,7 +64,7 @@ def read_spec(folder: Path) -> ModelSpec:
     hidden = _integer(path, config, "hidden_size")
     if not config.get("head_dim") and hidden % heads:
         raise InputError(
-            f"{path}: hidden_size ({hidden}) is not divisible by num_attention_heads ({heads}) and head_dim is not given",
+            f"{path}: hidden_size ({hidden}) is not divisible by num_attention_heads ({heads}), there is no head_dim",
             hint="add head_dim to config.json",
         )
     bos, eos = _special_tokens(folder, config)
@@ -88,7 +90,7 @@ def read_spec(folder: Path) -> ModelSpec:
 
 
 def _read_rope(path: Path, config: Mapping[str, Any]) -> RopeSpec:
-    """RoPE in either spelling: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (released)."""
+    """RoPE in either spelling: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (Meta)."""
     modern, scaling = config.get("rope_parameters"), config.get("rope_scaling")
     if modern and scaling:
         raise InputError(
@@ -111,11 +113,8 @@ def _read_rope(path: Path, config: Mapping[str, Any]) -> RopeSpec:
             f"{path}: {field} of kind {kind} lacks {', '.join(sorted(missing))}",
             hint="copy config.json from the original model",
         )
-    return RopeSpec(
-        theta=_number(path, {"rope_theta": theta}, "rope_theta"),
-        kind=kind,
-        **{key: _number(path, parameters, key) for key in parameters},
-    )
+    numbers = {key: _number(path, parameters, key) for key in parameters}
+    return RopeSpec(theta=_number(path, {"rope_theta": theta}, "rope_theta"), kind=kind, **numbers)
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
@@ -149,7 +148,9 @@ def _number(path: Path, config: Mapping[str, Any], field: str) -> float:
 
 def _wrong_number(path: Path, field: str, value: object, *, wanted: str) -> InputError:
     found = "missing" if value is None else repr(value)
-    return InputError(f"{path}: {field} is {found}, {wanted} was expected", hint="copy config.json from the model again")
+    return InputError(
+        f"{path}: {field} is {found}, {wanted} was expected", hint="copy config.json from the model again"
+    )
 
 
 def _unknown(path: Path, field: str, value: object, *, known: list[Any]) -> InputError:

@@ -1,4 +1,4 @@
-"""The Llama decoder in plain torch, with the tensor names of Hugging Face checkpoints. Traced, never run with weights."""
+"""The Llama decoder in plain torch, with Hugging Face's tensor names. It is traced, and never holds a weight."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """ids int64 ``[1, T]`` and L caches ``[1, KV, P, D]`` of keys and of values -> logits ``[1, T, V]``, grown caches."""
+    """ids int64 ``[1, T]``, L caches ``[1, KV, P, D]`` of keys and of values -> logits ``[1, T, V]``, grown caches."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()

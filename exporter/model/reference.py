@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exporter.model.graph import Constant, Graph, Weight, cache_names
+from exporter.model.graph import Constant, Graph, Table, Weight, cache_names
 from exporter.model.ops import attention
 from exporter.quantized import QuantizedTensor
 from exporter.spec import Activations, Arithmetic, activation_block
@@ -49,7 +49,7 @@ class Reference:
         self._kept: dict[str, _DenseWeight] = {}
         self._kept_bytes = 0
         self._caches = self._empty_caches()
-        self._table = {
+        self._table: Table = {
             "embedding": lambda ids, weight: F.embedding(ids, self._dense(weight).values),
             "linear": self._linear,
             "rms_norm": lambda x, weight, eps: F.rms_norm(x, x.shape[-1:], self._dense(weight).values, eps),
@@ -144,7 +144,8 @@ def _int8_per_token(x: Tensor) -> Tensor:
     """
     lowest, highest = x.amin(dim=-1, keepdim=True).clamp(max=0.0), x.amax(dim=-1, keepdim=True).clamp(min=0.0)
     span = highest - lowest
-    inverse_scale = torch.where(span == 0, 1.0, 255.0 / span)
+    # A tensor, not 255.0: torch divides a number by a tensor as number x reciprocal, which is off by a last place.
+    inverse_scale = torch.where(span == 0, 1.0, torch.full_like(span, 255.0) / span)
     from_below, from_above = -128.0 - lowest * inverse_scale, 127.0 - highest * inverse_scale
     error_sum = (-128.0 + lowest * inverse_scale) + (127.0 + highest * inverse_scale)
     zero_point = torch.where(error_sum > 0, from_below, from_above).clamp(-128.0, 127.0).round()
@@ -153,11 +154,11 @@ def _int8_per_token(x: Tensor) -> Tensor:
 
 
 def _int8_per_block(x: Tensor, block: int) -> Tensor:
-    """Symmetric int8, one scale of absmax / 127 for each ``block`` columns of a row: MatMulNBits at accuracy_level 4."""
+    """Symmetric int8, one scale of absmax / 127 per ``block`` columns of a row: MatMulNBits at accuracy_level 4."""
     blocks = x.unflatten(-1, (-1, block))
-    scales = blocks.abs().amax(dim=-1, keepdim=True) / 127.0
-    codes = (blocks / torch.where(scales == 0, 1.0, scales)).round()
-    return (codes * scales).flatten(-2)
+    largest = blocks.abs().amax(dim=-1, keepdim=True)
+    codes = (blocks * torch.where(largest == 0, 0.0, 127.0 / largest)).round()
+    return (codes * (largest / 127.0)).flatten(-2)
 
 
 def _attention(

@@ -1,4 +1,4 @@
-"""ModelSpec -> Graph: torch.export on the meta device, so that no weight is read and the largest model takes seconds."""
+"""ModelSpec -> Graph: torch.export on the meta device, so that no weight is read and any size takes seconds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _aten = torch.ops.aten
 _OPS: dict[Any, tuple[str, Callable[..., tuple[Any, ...]]]] = {
     _aten.embedding.default: ("embedding", lambda weight, ids, *_: (ids, weight)),
     _aten.linear.default: ("linear", lambda x, weight: (x, weight)),
-    _aten.rms_norm.default: ("rms_norm", lambda x, shape, weight, eps: (x, weight, eps)),
+    _aten.rms_norm.default: ("rms_norm", lambda x, _shape, weight, eps: (x, weight, eps)),
     _aten.silu.default: ("silu", lambda x: (x,)),
     _aten.mul.Tensor: ("mul", lambda a, b: (a, b)),
     _aten.add.Tensor: ("add", lambda a, b: (a, b)),

@@ -43,7 +43,8 @@ WORD_PATTERN = (  # Llama 3's: contractions, words, numbers of up to three digit
 )
 CHAT_TEMPLATE = (
     "{{- bos_token }}{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{- message['content'] | trim + '<|eot_id|>' }}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
@@ -249,7 +250,9 @@ def write_text(model: LlamaForCausalLM, tokenizer: Tokenizer, *, seed: int, docu
         tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
     pieces = []
     for row in tokens[:, 1:].tolist():
-        ends = [index for index, token in enumerate(row) if token in (CONFIG["bos_token_id"], CONFIG["eos_token_id"][0])]
+        ends = [
+            index for index, token in enumerate(row) if token in (CONFIG["bos_token_id"], CONFIG["eos_token_id"][0])
+        ]
         pieces.append(tokenizer.decode(row[: ends[0] if ends else None], skip_special_tokens=True).strip())
     return "\n\n".join(piece for piece in pieces if piece) + "\n"
 

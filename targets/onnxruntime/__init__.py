@@ -8,8 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from exporter.errors import LoweringError
-from exporter.spec import Activations, Arithmetic, Artifact, Logits, ModelSpec, Plan, Precision, WeightScheme
+from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Precision, WeightScheme
 
 if TYPE_CHECKING:
     from exporter.model.graph import Graph

@@ -8,7 +8,7 @@ from exporter.spec import ModelSpec
 
 
 def genai_config(spec: ModelSpec, *, context: int, filename: str) -> dict[str, Any]:
-    """The configuration of one decoder with a cache that past and present share; greedy unless the app says otherwise."""
+    """The configuration of one decoder whose past and present share a cache; greedy unless the app says otherwise."""
     stops = list(spec.eos_token_ids)
     return {
         "model": {

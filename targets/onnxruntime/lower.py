@@ -56,7 +56,9 @@ class Emitter:
         attention_mask = _value("attention_mask", INT64, ("batch_size", "total_sequence_length"))
         past_shape = ("batch_size", spec.num_key_value_heads, "past_sequence_length", spec.head_dim)
         present_shape = ("batch_size", spec.num_key_value_heads, "total_sequence_length", spec.head_dim)
-        past = {f"past_{name}": _value(genai_name("past_key_values", name), FLOAT, past_shape) for name in _flat(caches)}
+        past = {
+            f"past_{name}": _value(genai_name("past_key_values", name), FLOAT, past_shape) for name in _flat(caches)
+        }
 
         self._attention_lengths = self._lengths(attention_mask)
         outputs = self._graph.run(self._table(), {"ids": input_ids, **past})
@@ -237,7 +239,7 @@ class Emitter:
         )
 
     def _op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
-        """Append a node; its only output, or the tuple of them. Dtypes are tracked where ``_to_float`` looks at them."""
+        """Append a node; its only output, or the tuple of them. Dtypes are tracked where ``_to_float`` looks."""
         name = f"{op_type}_{len(self._nodes)}"
         node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
         for index, output in enumerate(node.outputs):

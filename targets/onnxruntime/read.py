@@ -34,7 +34,9 @@ def _initializers(path: Path) -> dict[str, ir.TensorProtocol]:
         model = ir.load(path)
     except Exception as error:  # protobuf, onnx and onnx_ir each raise their own
         raise LoweringError(f"{path.name} is not an ONNX model: {error}", hint="export the model again") from error
-    return {name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None}
+    return {
+        name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None
+    }
 
 
 def _quantized(name: str, *, codes: Tensor, scales: Tensor, columns: int) -> QuantizedTensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from exporter.errors import LoweringError
 from exporter.spec import Artifact, Logits
-from targets.base import check_room, check_rewind
+from targets.base import check_rewind, check_room
 
 ort.set_default_logger_severity(3)  # errors only: a warning about a node that runs on the CPU is no news here
 
@@ -81,7 +81,9 @@ class OnnxRuntimeRunner:
     def __enter__(self) -> OnnxRuntimeRunner:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

@@ -1,0 +1,223 @@
+"""The folder that an app takes: artifact, tokenizer, goldens, and a manifest that accounts for every byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from exporter.checkpoint import Checkpoint
+from exporter.checkpoint.config import read_json
+from exporter.errors import InputError
+from exporter.files import sha256, written_whole
+from exporter.parity import Drive, GoldenLogits
+from exporter.spec import (
+    Activations,
+    Arithmetic,
+    Artifact,
+    Logits,
+    ModelSpec,
+    Precision,
+    Report,
+    RopeKind,
+    RopeSpec,
+    WeightScheme,
+)
+from exporter.tokenizer import CHAT_TEMPLATE, FILES, Tokenizer
+
+SCHEMA = "llama-export/bundle/1"
+MANIFEST, GOLDENS, GOLDEN_LOGITS = "manifest.json", "goldens.json", "goldens.safetensors"
+TOOLS = ("llama-export", "torch", "torchao", "executorch", "coremltools", "onnx", "onnx-ir", "onnxruntime")
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_EXPORT_AGAIN = "export the bundle again, or copy it again from where it was whole"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goldens:
+    """What the model answers, kept with the artifact: enough for an app, or ``validate``, to test it alone."""
+
+    drive: Drive
+    logits: GoldenLogits
+    floor_kl_nats: float
+    weight_sha256: Mapping[str, str]
+    prompts: Sequence[Mapping[str, Any]]
+    """Each with ``text``, its token ``ids``, the reference's ``greedy_ids`` and ``greedy_text``."""
+
+    def write(self, folder: Path) -> None:
+        tensors = {
+            "ids": torch.tensor(self.drive.ids),
+            "positions": torch.tensor(self.drive.positions, dtype=torch.int32),
+            "top_ids": self.logits.top_ids,
+            "top_logits": self.logits.top_logits,
+            "logsumexp": self.logits.logsumexp,
+        }
+        with written_whole(folder / GOLDEN_LOGITS) as path:
+            save_file(tensors, path)
+        write_json(
+            folder / GOLDENS,
+            {
+                "prefills": list(self.drive.prefills),
+                "floor_kl_nats": self.floor_kl_nats,
+                "prompts": list(self.prompts),
+                "weight_sha256": dict(self.weight_sha256),
+            },
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Goldens:
+        """Raises InputError for goldens that are missing or broken."""
+        content = read_json(folder / GOLDENS)
+        try:
+            with safe_open(folder / GOLDEN_LOGITS, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in ("ids", "top_ids", "top_logits", "logsumexp")}
+            first, second = content["prefills"]
+            return cls(
+                drive=Drive(ids=tuple(tensors.pop("ids").tolist()), prefills=(first, second)),
+                logits=GoldenLogits(**tensors),
+                floor_kl_nats=content["floor_kl_nats"],
+                weight_sha256=content["weight_sha256"],
+                prompts=content["prompts"],
+            )
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise InputError(f"{folder}: the goldens cannot be read: {error}", hint=_EXPORT_AGAIN) from error
+
+
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Tokenizer, chat template, generation config, licence and notices of the source, as they are."""
+    for name in FILES:
+        if (tokenizer.folder / name).exists():
+            shutil.copyfile(tokenizer.folder / name, folder / name)
+    for pattern in _LICENCES:
+        for path in sorted(tokenizer.folder.glob(pattern)):
+            shutil.copyfile(path, folder / path.name)
+    if tokenizer.chat_template:
+        (folder / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdicts:
+    """The four reports of one artifact."""
+
+    codes: Report
+    parity: Report
+    quality: Report
+    latency: Report
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name).to_json() for name in ("codes", "parity", "quality", "latency")}
+
+
+def write_manifest(
+    folder: Path, *, artifact: Artifact, checkpoint: Checkpoint, algorithm: str, verdicts: Verdicts
+) -> dict[str, Any]:
+    """``manifest.json`` over every other file of the folder, and its content."""
+    scheme, arithmetic = artifact.scheme, artifact.arithmetic
+    manifest = {
+        "schema": SCHEMA,
+        "model": {**asdict(artifact.spec), "parameters": artifact.spec.parameters},
+        "source": {"sha256": checkpoint.sha256},
+        "precision": scheme.body.value,
+        "scheme": {
+            "weights": scheme.body.value,
+            "group_size": scheme.group_size,
+            "embedding": scheme.embedding.value,
+            "head": scheme.head.value,
+            "activations": arithmetic.activations.value,
+            "compute_dtype": arithmetic.compute_dtype,
+            "dequantized_dtype": arithmetic.dequantized_dtype,
+            "kv_dtype": arithmetic.kv_dtype,
+        },
+        "context": artifact.context,
+        "logits": artifact.logits.value,
+        "target": artifact.target,
+        "backend": artifact.backend,
+        "calibration": {"algorithm": algorithm, "corpus_sha256": None, "tokens": 0},
+        "files": file_entries(folder),
+        **verdicts.to_json(),
+        "tools": {name: version(name) for name in TOOLS},
+    }
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def file_entries(folder: Path) -> list[dict[str, Any]]:
+    """Path, size and digest of every file below ``folder`` but the manifest itself, sorted by path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    return [
+        {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in paths
+    ]
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether the folder holds a manifest of ours."""
+    path = folder / MANIFEST
+    return path.is_file() and read_json(path).get("schema") == SCHEMA
+
+
+def open_bundle(folder: Path) -> dict[str, Any]:
+    """The manifest of a bundle whose every file is there and whole. Raises InputError naming the first that is not."""
+    if not folder.is_dir():
+        raise InputError(f"bundle {folder}: no such folder", hint="name the folder that holds manifest.json")
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("schema") != SCHEMA:
+        raise InputError(
+            f"{folder / MANIFEST}: schema is {manifest.get('schema')!r}, {SCHEMA!r} was expected",
+            hint="export the bundle with this version of llama-export",
+        )
+    listed = {entry["path"]: entry for entry in manifest["files"]}
+    present = {entry["path"]: entry for entry in file_entries(folder)}
+    for path in sorted(listed.keys() | present.keys()):
+        if path not in present:
+            raise InputError(f"{folder} lacks {path}, which its manifest lists", hint=_EXPORT_AGAIN)
+        if path not in listed:
+            raise InputError(f"{folder} holds {path}, which its manifest does not list", hint="remove that file")
+        for field in ("bytes", "sha256"):
+            if listed[path][field] != present[path][field]:
+                raise InputError(
+                    f"{folder / path} has {field} {present[path][field]}, its manifest says {listed[path][field]}",
+                    hint=_EXPORT_AGAIN,
+                )
+    return manifest
+
+
+def read_artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
+    """The artifact that a manifest describes, lying at ``path``."""
+    model = {key: value for key, value in manifest["model"].items() if key != "parameters"}
+    rope = {**model.pop("rope")}
+    scheme = manifest["scheme"]
+    return Artifact(
+        target=manifest["target"],
+        backend=manifest["backend"],
+        path=path,
+        spec=ModelSpec(
+            **{**model, "eos_token_ids": tuple(model["eos_token_ids"])},
+            rope=RopeSpec(**{**rope, "kind": RopeKind(rope["kind"])}),
+        ),
+        scheme=WeightScheme(
+            body=Precision(scheme["weights"]),
+            embedding=Precision(scheme["embedding"]),
+            head=Precision(scheme["head"]),
+            group_size=scheme["group_size"],
+        ),
+        arithmetic=Arithmetic(
+            activations=Activations(scheme["activations"]),
+            compute_dtype=scheme["compute_dtype"],
+            dequantized_dtype=scheme["dequantized_dtype"],
+            kv_dtype=scheme["kv_dtype"],
+        ),
+        context=manifest["context"],
+        logits=Logits(manifest["logits"]),
+    )
+
+
+def write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,63 @@
+"""The latency figures: load, first token, prefill and decode, on this host, as medians with their spread."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+
+from exporter.spec import Report, Verdict
+from targets.base import Runner
+
+RUNS = 5
+PROMPT_TOKENS = 128
+DECODED_TOKENS = 32
+
+
+def measure_latency(runner: Runner, ids: Sequence[int], *, context: int, threads: int) -> Report:
+    """One warm-up and five counted runs of a prefill and some decoding, on ``ids`` as far as ``context`` has room."""
+    prompt = ids[: min(PROMPT_TOKENS, context // 2)]
+    decoded = ids[len(prompt) :][: min(DECODED_TOKENS, context - len(prompt))]
+    first_token_s, prefill_rates, decode_rates = [], [], []
+    for run in range(RUNS + 1):
+        runner.rewind(0)
+        started = time.perf_counter()
+        runner.feed(prompt)
+        prefilled = time.perf_counter()
+        for token in decoded:
+            runner.feed([token])
+        finished = time.perf_counter()
+        if run > 0:
+            first_token_s.append(prefilled - started)
+            prefill_rates.append(len(prompt) / (prefilled - started))
+            decode_rates.append(len(decoded) / (finished - prefilled))
+    return Report(
+        verdict=Verdict.PASSED,
+        figures={
+            "load_s": runner.load_s,
+            "time_to_first_token_ms": 1e3 * statistics.median(first_token_s),
+            "prefill_tokens_per_s": statistics.median(prefill_rates),
+            "prefill_tokens_per_s_range": [min(prefill_rates), max(prefill_rates)],
+            "decode_tokens_per_s": statistics.median(decode_rates),
+            "decode_tokens_per_s_range": [min(decode_rates), max(decode_rates)],
+            "prompt_tokens": len(prompt),
+            "decoded_tokens": len(decoded),
+            "threads": threads,
+            "runs": RUNS,
+            "host": host(),
+        },
+    )
+
+
+def not_measured(reason: str) -> Report:
+    """A latency that nobody measured, with every figure absent and the reason given."""
+    absent = dict.fromkeys(
+        ("load_s", "time_to_first_token_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "threads", "runs")
+    )
+    return Report(verdict=Verdict.NOT_MEASURED, reason=reason, figures={**absent, "host": host()})
+
+
+def host() -> str:
+    """The operating system, its release and the processor architecture."""
+    return f"{platform.system()} {platform.release()} {platform.machine()}"

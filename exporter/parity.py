@@ -1,0 +1,173 @@
+"""The parity verdict: the artifact answers as its reference does, over prefill, a rewind, and decode through the cache.
+
+Two steps. *Structure*: the same lowering with activations unquantized must equal the reference to float noise.
+*Shipped*: the artifact itself against the reference with the target's arithmetic, in KL, within ten times the measured
+floor: how far the reference moves when 1e-6 of noise is put on each of its linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from exporter.metrics import kl_divergence, top1_agreement
+from exporter.spec import Arithmetic, Artifact, Precision, Report, Verdict
+
+STRUCTURE_MAX_ABS = 1e-4
+STRUCTURE_MAX_ABS_FP16_STORAGE = 1e-3
+FLOOR_MULTIPLE = 10.0
+FLOOR_NOISE = 1e-6
+FP16_MEAN_KL_NATS = 1e-4
+FP16_TOP1 = 0.995
+"""The gates of ``docs/decisions/0003-parity-gates.md``, with what each was seen to catch."""
+
+_PREFILLS = (96, 17)
+_DECODES = 192
+TOP = 64
+"""Logits kept at each golden position: the most likely ones, the rest told by logsumexp."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drive:
+    """A token sequence and how it is fed: two prefills, the second on a cache that is not empty and after a rewind,
+    then one token at a time."""
+
+    ids: tuple[int, ...]
+    prefills: tuple[int, int]
+
+    @property
+    def positions(self) -> list[int]:
+        """Where logits are compared: at the end of each prefill and at every decoded token."""
+        first, second = self.prefills
+        return [first - 1, *range(first + second - 1, len(self.ids))]
+
+
+class Answering(Protocol):
+    """What can be driven: a Runner, or the Reference."""
+
+    def feed(self, ids: Sequence[int]) -> Tensor: ...
+
+    def rewind(self, position: int) -> None: ...
+
+
+def drive_for(ids: Sequence[int], *, context: int) -> Drive:
+    """The longest drive that ``ids`` and ``context`` have room for: 96 + 17 tokens of prefill, up to 192 of decode."""
+    length = min(len(ids), context, sum(_PREFILLS) + _DECODES)
+    first = min(_PREFILLS[0], max(1, length // 2))
+    second = min(_PREFILLS[1], max(1, (length - first) // 2))
+    return Drive(ids=tuple(ids[:length]), prefills=(first, second))
+
+
+def drive(runner: Answering, steps: Drive) -> Tensor:
+    """float32 logits ``[len(steps.positions), V]`` of an artifact, or of a reference fed in the same way."""
+    first, second = steps.prefills
+    runner.rewind(0)
+    rows = [runner.feed(steps.ids[:first])[-1]]
+    runner.feed(steps.ids[first : first + second])
+    runner.rewind(first)
+    rows.append(runner.feed(steps.ids[first : first + second])[-1])
+    rows += [runner.feed([token])[-1] for token in steps.ids[first + second :]]
+    return torch.stack(rows)
+
+
+def all_at_once(reference: Answering, steps: Drive) -> Tensor:
+    """The same logits from a reference that gives every position of one call: it needs no cache to be right."""
+    reference.rewind(0)
+    return reference.feed(steps.ids)[steps.positions]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """What the shipped artifact has to keep."""
+
+    mean_kl_nats: float
+    top1_agreement: float
+
+
+def gate(arithmetic: Arithmetic, *, floor_kl_nats: float) -> Gate:
+    """The bounds for a target that computes so: fp16 has its own, all others a multiple of the measured floor."""
+    if arithmetic.compute_dtype == "fp16":
+        return Gate(mean_kl_nats=FP16_MEAN_KL_NATS, top1_agreement=FP16_TOP1)
+    return Gate(mean_kl_nats=FLOOR_MULTIPLE * floor_kl_nats, top1_agreement=0.0)
+
+
+def check_parity(
+    *,
+    expected: Tensor,
+    got: Tensor,
+    structure_max_abs: float | None,
+    floor_kl_nats: float,
+    artifact: Artifact,
+    runtime: str,
+) -> Report:
+    """Judge the logits ``[m, V]`` of an artifact against its reference's. ``structure_max_abs`` None: not run."""
+    figures: dict[str, Any] = {
+        "runtime": runtime,
+        "positions": len(expected),
+        "structure_max_abs_logit_diff": structure_max_abs,
+        "mean_kl_nats": kl_divergence(expected, got).mean().item(),
+        "floor_kl_nats": floor_kl_nats,
+        "top1_agreement": top1_agreement(expected, got),
+        "max_abs_logit_diff": (expected - got).abs().max().item(),
+    }
+    return judge(figures, artifact=artifact)
+
+
+def judge(figures: dict[str, Any], *, artifact: Artifact) -> Report:
+    """Verdict on the figures; a figure that is not a number fails."""
+    bounds = gate(artifact.arithmetic, floor_kl_nats=figures["floor_kl_nats"])
+    figures = {**figures, "gate_mean_kl_nats": bounds.mean_kl_nats}
+    faults = []
+    structure = figures["structure_max_abs_logit_diff"]
+    allowed = STRUCTURE_MAX_ABS_FP16_STORAGE if artifact.scheme.body is Precision.FP16 else STRUCTURE_MAX_ABS
+    if structure is not None and not structure <= allowed:
+        faults.append(f"structure: logits differ by {structure:.2g}, at most {allowed:.0e} was expected")
+    if not figures["mean_kl_nats"] <= bounds.mean_kl_nats:
+        faults.append(f"mean KL is {figures['mean_kl_nats']:.2g} nats, at most {bounds.mean_kl_nats:.2g} was expected")
+    if not figures["top1_agreement"] >= bounds.top1_agreement:
+        faults.append(
+            f"top-1 agreement is {figures['top1_agreement']:.2%}, at least {bounds.top1_agreement:.1%} was expected"
+        )
+    return Report(verdict=Verdict.FAILED if faults else Verdict.PASSED, reason="; ".join(faults), figures=figures)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenLogits:
+    """What a bundle keeps of its reference's logits, enough to test the artifact with nothing else at hand.
+
+    ``top_ids`` int32 ``[m, 64]``, ``top_logits`` float32 ``[m, 64]``, ``logsumexp`` float32 ``[m]`` over all of V.
+    """
+
+    top_ids: Tensor
+    top_logits: Tensor
+    logsumexp: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> GoldenLogits:
+        top = logits.topk(min(TOP, logits.shape[1]), dim=-1)
+        return cls(
+            top_ids=top.indices.to(torch.int32), top_logits=top.values, logsumexp=torch.logsumexp(logits, dim=-1)
+        )
+
+    def figures(self, got: Tensor) -> dict[str, float | int]:
+        """KL of ``got`` ``[m, V]`` over the kept tokens and one bin for all others (never more than the whole KL)."""
+        ids = self.top_ids.long()
+        log_p = (self.top_logits - self.logsumexp.unsqueeze(1)).double()
+        log_q = torch.log_softmax(got.double(), dim=-1).gather(1, ids)
+        rest_p, rest_q = (_log_rest(kept) for kept in (log_p, log_q))
+        kl = (log_p.exp() * (log_p - log_q)).sum(dim=1) + rest_p.exp() * (rest_p - rest_q)
+        return {
+            "positions": len(ids),
+            "mean_kl_nats": kl.clamp(min=0.0).mean().item(),
+            "top1_agreement": (got.argmax(dim=1) == ids[:, 0]).double().mean().item(),
+            "max_abs_logit_diff": (got.gather(1, ids) - self.top_logits).abs().max().item(),
+        }
+
+
+def _log_rest(log_kept: Tensor) -> Tensor:
+    """Log of the probability that the kept tokens leave over, at least 1e-12 (float32 logits know no less)."""
+    return (1.0 - log_kept.exp().sum(dim=1)).clamp(min=1e-12).log()

@@ -1,0 +1,164 @@
+"""Figures as a person or a script reads them: tables on stdout, or JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from exporter.spec import Verdict
+
+if TYPE_CHECKING:
+    from exporter.checkpoint import Checkpoint
+    from exporter.pipeline import Outcome
+    from targets.base import Target
+
+_STYLES = {Verdict.PASSED: "green", Verdict.FAILED: "bold red", Verdict.NOT_MEASURED: "yellow"}
+_PIPED_WIDTH = 120
+_KINDS = ("codes", "parity", "quality", "latency")
+
+
+def outcome_json(outcome: Outcome) -> dict[str, Any]:
+    """One target as a JSON object: where it lies, its exit code, and its manifest or its error."""
+    result: dict[str, Any] = {
+        "target": outcome.target,
+        "folder": str(outcome.folder),
+        "exit_code": outcome.exit_code,
+    }
+    if outcome.error:
+        result["error"] = {"message": str(outcome.error), "hint": outcome.error.hint}
+    if outcome.manifest:
+        result["manifest"] = dict(outcome.manifest)
+    return result
+
+
+def print_outcomes(outcomes: list[Outcome]) -> None:
+    """A row per target with its verdicts and main figures, then the reason of each verdict that is not green."""
+    console = _console()
+    table = Table()
+    for heading in ("target", *_KINDS):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("MB", "mean KL", "prefill/s", "decode/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    reasons = []
+    for outcome in outcomes:
+        manifest = outcome.manifest
+        if manifest is None:
+            table.add_row(outcome.target, "[bold red]no artifact[/]")
+            continue
+        verdicts = [_verdict(manifest[kind]["verdict"]) for kind in _KINDS]
+        size = sum(entry["bytes"] for entry in manifest["files"] if entry["path"].startswith("model")) / 1e6
+        latency = manifest["latency"]
+        table.add_row(
+            outcome.target,
+            *verdicts,
+            f"{size:.2f}",
+            _number(manifest["quality"]["mean_kl_nats"], "{:.1e}"),
+            _number(latency["prefill_tokens_per_s"], "{:,.0f}"),
+            _number(latency["decode_tokens_per_s"], "{:,.0f}"),
+        )
+        reasons += [
+            f"{outcome.target}: {kind} {manifest[kind]['verdict']}: {manifest[kind]['reason']}"
+            for kind in _KINDS
+            if manifest[kind].get("reason")
+        ]
+    console.print(table)
+    for outcome in outcomes:
+        if outcome.manifest:
+            console.print(_parity_line(outcome), highlight=False, soft_wrap=True)
+    for reason in reasons:
+        console.print(reason, highlight=False, soft_wrap=True)
+    for outcome in outcomes:
+        console.print(f"{outcome.target}: {outcome.folder}", highlight=False, soft_wrap=True)
+
+
+def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What ``inspect`` tells of a checkpoint: its figures, sizes and dtypes, from headers alone."""
+    from dataclasses import asdict
+
+    spec = checkpoint.spec
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()})
+    files = {tensor.file for tensor in checkpoint.tensors.values()}
+    return {
+        "kind": "checkpoint",
+        "folder": str(checkpoint.folder),
+        **asdict(spec),
+        "parameters": spec.parameters,
+        "dtypes": dtypes,
+        "files": len(files),
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+
+
+def target_facts(target: Target) -> dict[str, Any]:
+    """What ``targets`` tells of one target; its runtime is asked, so that a missing one is seen."""
+    from exporter.errors import MissingToolError
+
+    try:
+        runs_by, usable = target.runtime(), True
+    except MissingToolError as error:
+        runs_by, usable = f"{error} ({error.hint})", False
+    return {
+        "target": target.name,
+        "backends": list(target.backends),
+        "writes": target.format,
+        "executed_here_by": runs_by,
+        "usable": usable,
+    }
+
+
+def print_targets(facts: list[dict[str, Any]]) -> None:
+    table = Table()
+    for heading in ("target", "backends", "writes", "executed here by"):
+        table.add_column(heading)
+    for row in facts:
+        table.add_row(row["target"], ", ".join(row["backends"]), row["writes"], row["executed_here_by"])
+    _console().print(table)
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Two columns, nested objects as dotted names."""
+    table = Table(show_header=False, box=None)
+    for name, value in _flatten(facts):
+        table.add_row(name, str(value))
+    _console().print(table)
+
+
+def _flatten(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            rows += _flatten(value, f"{prefix}{name}.")
+        elif name == "files" and isinstance(value, list):
+            rows += [(f"{prefix}files.{entry['path']}", f"{entry['bytes']:,} bytes") for entry in value]
+        else:
+            rows.append((f"{prefix}{name}", value))
+    return rows
+
+
+def _parity_line(outcome: Outcome) -> str:
+    assert outcome.manifest is not None
+    parity = outcome.manifest["parity"]
+    structure = parity["structure_max_abs_logit_diff"]
+    told = "not run" if structure is None else f"{structure:.1e}"
+    return (
+        f"{outcome.target}: parity over {parity['positions']} positions: structure {told}, "
+        f"KL {parity['mean_kl_nats']:.1e} (floor {parity['floor_kl_nats']:.1e}), "
+        f"top-1 {parity['top1_agreement']:.1%}; {parity['runtime']}"
+    )
+
+
+def _console() -> Console:
+    """stdout; into a file or a pipe the tables keep their full width."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_PIPED_WIDTH)
+
+
+def _verdict(value: str) -> str:
+    return f"[{_STYLES[Verdict(value)]}]{value}[/]"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

@@ -1,0 +1,108 @@
+"""Core ML: an ``.mlpackage`` for iOS 18 and macOS 15, emitted by coremltools' MIL builder.
+
+Light to import: coremltools and what needs it come in only where they are used.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from exporter.files import folder_in_progress, put_in_place
+from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Precision, WeightScheme
+
+if TYPE_CHECKING:
+    from exporter.model.graph import Graph
+    from exporter.store import StoredWeight, WeightStore
+    from targets.base import Runner
+
+_PACKAGE = "model.mlpackage"
+
+
+class CoreML:
+    name: ClassVar[str] = "coreml"
+    backends: ClassVar[tuple[str, ...]] = ("gpu",)
+    format: ClassVar[str] = ".mlpackage, an ML Program for iOS 18 and macOS 15"
+
+    def refuse(self, spec: ModelSpec, plan: Plan) -> str | None:  # noqa: ARG002  (every spec will do)
+        if plan.context < 2:
+            return f"the context is {plan.context}, but Core ML's open lengths need a range: at least 2"
+        return None
+
+    def arithmetic(self, scheme: WeightScheme) -> Arithmetic:
+        """The states, and what codes decode to, are float16 even where the rest is float32."""
+        return Arithmetic(
+            activations=Activations.FLOAT,
+            compute_dtype="fp32" if scheme.body is Precision.FP32 else "fp16",
+            kv_dtype="fp16",
+            dequantized_dtype="fp16",
+        )
+
+    def lower(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> Artifact:
+        from targets.coreml.lower import lower
+
+        arithmetic = self.arithmetic(plan.scheme)
+        path = self.find(out)
+        with folder_in_progress(out, path.stem) as folder:
+            unfinished = folder / path.name
+            lower(graph, store, plan, unfinished, compute_dtype=arithmetic.compute_dtype)
+            put_in_place(unfinished, path)
+        return Artifact(
+            target=self.name,
+            backend=self.backends[0],
+            path=path,
+            spec=graph.spec,
+            scheme=plan.scheme,
+            arithmetic=arithmetic,
+            context=plan.context,
+            logits=plan.logits,
+        )
+
+    def find(self, bundle: Path) -> Path:
+        return bundle / _PACKAGE
+
+    def read_weights(self, artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
+        from targets.coreml.package import read_weights
+
+        return read_weights(artifact)
+
+    def runtime(self) -> str:
+        version = importlib.metadata.version("coremltools")
+        if sys.platform == "darwin":
+            return f"Core ML, MLModel.predict of coremltools {version}"
+        return f"MIL evaluator (reference-evaluated, not run by Core ML), package of coremltools {version}"
+
+    def open(self, artifact: Artifact, *, threads: int) -> AbstractContextManager[Runner]:  # noqa: ARG002
+        """Core ML chooses its own threads; the evaluator is never measured."""
+        from targets.coreml.evaluate import Rounding
+        from targets.coreml.runner import CoreMLRunner, executes_here, run_with_core_ml, run_with_evaluator
+
+        if executes_here():
+            return CoreMLRunner(artifact, lambda: run_with_core_ml(artifact.path))
+        return CoreMLRunner(artifact, lambda: run_with_evaluator(artifact.path, Rounding.FP16))
+
+    def open_structure(
+        self,
+        artifact: Artifact,
+        *,
+        graph: Graph,  # noqa: ARG002  (the artifact itself, evaluated without rounding: nothing is lowered again)
+        store: WeightStore,  # noqa: ARG002
+        plan: Plan,  # noqa: ARG002
+        scratch: Path,  # noqa: ARG002
+    ) -> AbstractContextManager[Runner]:
+        from targets.coreml.evaluate import Rounding
+        from targets.coreml.runner import CoreMLRunner, run_with_evaluator
+
+        return CoreMLRunner(artifact, lambda: run_with_evaluator(artifact.path, Rounding.NONE))
+
+    def latency_unmeasurable(self) -> str | None:
+        if sys.platform == "darwin":
+            return None
+        return "Core ML runs on macOS only; the evaluator's time says nothing about it"
+
+
+TARGET = CoreML()

@@ -1,0 +1,332 @@
+"""The MIL evaluator: a saved package, computed op by op in torch, where there is no Core ML to run it.
+
+It covers the ops that our packages hold; any other op, and any argument that is not known here, is an error and never
+skipped. It refuses what Core ML would refuse: shapes that torch would silently broadcast are compared, and every result
+with the type that the program declares for it.
+
+What it shows is that the file computes the model. It knows nothing of a device's kernels, memory or speed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from exporter.errors import LoweringError
+from targets.coreml.package import QUANTIZED, MilType, Package
+
+_KEEP_BYTES = 4 << 30
+"""Decoded constants kept between calls, up to this size; what does not fit is decoded again at each call."""
+
+
+_FLOATS = (MilType.FLOAT16, MilType.FLOAT32)
+
+
+class Rounding(Enum):
+    FP16 = "after each op that gives float16, as the program declares"
+    NONE = "never: float32 throughout, casts to float16 and states included"
+
+
+class State:
+    """A tensor that outlives a call."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.value = torch.zeros(shape)
+
+
+class Evaluator:
+    """One loaded package with its states. Floats are float32 tensors, holding float16 values where they are rounded."""
+
+    def __init__(self, path: Path, *, rounding: Rounding) -> None:
+        self._package = Package(path)
+        self._rounding = rounding
+        self._constants: dict[str, Any] = {}
+        self._operations: list[Any] = []
+        for operation in self._package.operations:
+            if operation.type in ("const", QUANTIZED):
+                self._constants[operation.outputs[0].name] = operation
+            else:
+                self._operations.append(operation)
+        self._kept: dict[str, Any] = {}
+        self._kept_bytes = 0
+        self._inputs = [value for value in self._package.inputs if not _is_state(value)]
+        self._states = {
+            value.name: State(_static_shape(value.type.stateType.wrappedType.tensorType))
+            for value in self._package.inputs
+            if _is_state(value)
+        }
+        _refuse_what_core_ml_would(self._package)
+        self._dead_after = _last_uses(self._operations, keep={*self._package.outputs, *self._states})
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One prediction: named inputs to named outputs, with the states changed on the way. Raises LoweringError."""
+        values: dict[str, Any] = dict(self._states)
+        for declared in self._inputs:
+            values[declared.name] = self._checked(inputs[declared.name], declared, moved=False)
+        for operation, dead in zip(self._operations, self._dead_after, strict=True):
+            self._execute(operation, values)
+            for name in dead:
+                values.pop(name, None)  # constants are kept apart
+        return {name: values[name] for name in self._package.outputs}
+
+    def _execute(self, operation: Any, values: dict[str, Any]) -> None:
+        function = OPS[operation.type]
+        arguments = {key: self._argument(argument, values) for key, argument in operation.inputs.items()}
+        try:
+            inspect.signature(function).bind(**arguments)
+            results = function(**arguments)
+            results = results if isinstance(results, tuple) else (results,)
+            for declared, result in zip(operation.outputs, results, strict=True):
+                values[declared.name] = self._checked(result, declared, moved=operation.type in _MOVES)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise _fault(f"MIL op {_describe(operation)} cannot be computed: {error}") from error
+
+    def _argument(self, argument: Any, values: Mapping[str, Any]) -> Any:
+        bound = [
+            self._package.constant(binding.value)
+            if binding.WhichOneof("binding") == "value"
+            else self._value(binding.name, values)
+            for binding in argument.arguments
+        ]
+        return bound[0] if len(bound) == 1 else bound
+
+    def _value(self, name: str, values: Mapping[str, Any]) -> Any:
+        if name in values:
+            return values[name]
+        if name in self._kept:
+            return self._kept[name]
+        if name not in self._constants:
+            raise _fault(f"value {name} is used before it is computed")
+        constant = self._decode(self._constants[name])
+        size = constant.nbytes if isinstance(constant, Tensor) else 0
+        if self._kept_bytes + size <= _KEEP_BYTES:
+            self._kept[name] = constant
+            self._kept_bytes += size
+        return constant
+
+    def _decode(self, operation: Any) -> Any:
+        if operation.type == "const":
+            value = self._package.constant(operation.attributes["val"])
+            return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        arguments = {key: self._package.constant(a.arguments[0].value) for key, a in operation.inputs.items()}
+        try:
+            return decompress(**arguments)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise _fault(f"constant {operation.outputs[0].name} cannot be decompressed: {error}") from error
+
+    def _checked(self, value: Tensor, declared: Any, *, moved: bool) -> Tensor:
+        """``value``, rounded as its declared type asks. Raises LoweringError where it is not of the declared shape."""
+        tensor_type = declared.type.tensorType
+        wanted = [d.constant.size if d.WhichOneof("dimension") == "constant" else None for d in tensor_type.dimensions]
+        found = list(value.shape)
+        if len(found) != len(wanted) or any(w not in (None, f) for w, f in zip(wanted, found, strict=True)):
+            shape = ", ".join("?" if size is None else str(size) for size in wanted)
+            raise _fault(f"{declared.name} has shape {found}, the program declares [{shape}]")
+        if (tensor_type.dataType in _FLOATS) != value.is_floating_point():
+            raise _fault(f"{declared.name} is {value.dtype}, the program declares {MilType.Name(tensor_type.dataType)}")
+        if moved or tensor_type.dataType != MilType.FLOAT16 or self._rounding is Rounding.NONE:
+            return value
+        return value.half().float()
+
+
+def decompress(*, data: Tensor, scale: Tensor) -> Tensor:
+    """``constexpr_blockwise_shift_scale``: codes int8 [N, K] times float16 scales [N, K / g], rounded to float16."""
+    blocks = [size // count for size, count in zip(data.shape, scale.shape, strict=True)]
+    if any(block * count != size for block, count, size in zip(blocks, scale.shape, data.shape, strict=True)):
+        raise ValueError(f"scales {list(scale.shape)} do not divide codes {list(data.shape)}")
+    for axis, block in enumerate(blocks):
+        scale = scale.repeat_interleave(block, dim=axis)
+    return (data.float() * scale.float()).half().float()
+
+
+def _elementwise(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    def apply(*, x: Tensor, y: Tensor) -> Tensor:
+        return function(x, y)
+
+    return apply
+
+
+def _linear(*, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if x.shape[-1] != weight.shape[1] or bias.shape != weight.shape[:1]:
+        raise ValueError(f"x {list(x.shape)}, weight {list(weight.shape)} and bias {list(bias.shape)} do not fit")
+    return F.linear(x, weight, bias)
+
+
+def _gather(*, x: Tensor, indices: Tensor, axis: Tensor, batch_dims: Tensor, validate_indices: Tensor) -> Tensor:
+    if axis != 0 or batch_dims != 0 or validate_indices:
+        raise ValueError("only whole rows are gathered")
+    if indices.amin() < 0 or indices.amax() >= len(x):
+        raise ValueError(f"indices {indices.amin()} to {indices.amax()} are outside of {len(x)} rows")
+    return F.embedding(indices, x)
+
+
+def _cast(*, x: Tensor, dtype: str) -> Tensor:
+    """Between float16 and float32: rounding is for the declared type of the result."""
+    if dtype not in ("fp16", "fp32") or not x.is_floating_point():
+        raise ValueError(f"a cast from {x.dtype} to {dtype}")
+    return x
+
+
+def _concat(*, values: Sequence[Tensor], axis: Tensor, interleave: Tensor) -> Tensor:
+    if interleave:
+        raise ValueError("interleaved concatenation")
+    return torch.cat(list(values), dim=int(axis))
+
+
+def _slice_by_size(*, x: Tensor, begin: Tensor, size: Tensor) -> Tensor:
+    starts, sizes = begin.tolist(), size.tolist()
+    if any(s < 0 or n < 1 or s + n > whole for s, n, whole in zip(starts, sizes, x.shape, strict=True)):
+        raise ValueError(f"{sizes} from {starts} does not lie within {list(x.shape)}")
+    return x[tuple(slice(start, start + count) for start, count in zip(starts, sizes, strict=True))]
+
+
+def _slice_update(*, x: Tensor, update: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+    starts, ends = begin.tolist(), end.tolist()
+    sizes = [stop - start for start, stop in zip(starts, ends, strict=True)]
+    if sizes != list(update.shape):
+        raise ValueError(f"an update of shape {list(update.shape)} does not fill {starts} to {ends}")
+    if any(start < 0 or stop > whole for start, stop, whole in zip(starts, ends, x.shape, strict=True)):
+        raise ValueError(f"{starts} to {ends} does not lie within {list(x.shape)}")
+    result = x.clone()
+    result[tuple(slice(start, stop) for start, stop in zip(starts, ends, strict=True))] = update
+    return result
+
+
+def _reshape(*, x: Tensor, shape: Tensor) -> Tensor:
+    sizes = shape.tolist()
+    if 0 in sizes:
+        raise ValueError("a size of 0 copies a dimension in MIL, and no package of ours asks for it")
+    return x.reshape(sizes)
+
+
+def _split(*, x: Tensor, num_splits: Tensor, axis: Tensor) -> tuple[Tensor, ...]:
+    if x.shape[int(axis)] % int(num_splits):
+        raise ValueError(f"{list(x.shape)} does not split into {int(num_splits)} equal parts")
+    return x.chunk(int(num_splits), dim=int(axis))
+
+
+def _expand_dims(*, x: Tensor, axes: Tensor) -> Tensor:
+    for axis in axes.tolist():
+        x = x.unsqueeze(axis)
+    return x
+
+
+def _squeeze(*, x: Tensor, axes: Tensor) -> Tensor:
+    if any(x.shape[axis] != 1 for axis in axes.tolist()):
+        raise ValueError(f"{list(x.shape)} is not 1 at {axes.tolist()}")
+    return x.squeeze(tuple(axes.tolist()))
+
+
+def _attention(*, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> Tensor:
+    """softmax(query key^T / sqrt(D) + mask) value, over [B, H, ...] that must be equal: MIL broadcasts no head."""
+    batches = {tuple(tensor.shape[:-2]) for tensor in (query, key, value)}
+    if len(batches) != 1:
+        raise ValueError(f"query, key and value differ in batch dimensions: {sorted(batches)}")
+    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)} do not fit")
+    if list(attn_mask.shape[-2:]) != [query.shape[-2], key.shape[-2]]:
+        raise ValueError(f"mask {list(attn_mask.shape)} does not fit {query.shape[-2]} queries, {key.shape[-2]} keys")
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + attn_mask
+    return scores.softmax(dim=-1) @ value
+
+
+def _write_state(*, input: State, data: Tensor) -> tuple[()]:
+    if data.shape != input.value.shape:
+        raise ValueError(f"{list(data.shape)} is written to a state of {list(input.value.shape)}")
+    input.value = data
+    return ()
+
+
+def _static_shape(tensor_type: Any) -> tuple[int, ...]:
+    return tuple(dimension.constant.size for dimension in tensor_type.dimensions)
+
+
+def _is_state(value: Any) -> bool:
+    return bool(value.type.WhichOneof("type") == "stateType")
+
+
+def _describe(operation: Any) -> str:
+    name = operation.outputs[0].name if operation.outputs else "no output"
+    return f"{operation.type!r} ({name})"
+
+
+def _names(operation: Any) -> Iterator[str]:
+    """Of the values that an operation reads."""
+    for argument in operation.inputs.values():
+        for binding in argument.arguments:
+            if binding.WhichOneof("binding") == "name":
+                yield binding.name
+
+
+def _last_uses(operations: Sequence[Any], *, keep: set[str]) -> list[list[str]]:
+    """For each operation, the values that nothing reads after it."""
+    last = {name: index for index, operation in enumerate(operations) for name in _names(operation)}
+    dead: list[list[str]] = [[] for _ in operations]
+    for name, index in last.items():
+        if name not in keep:
+            dead[index].append(name)
+    return dead
+
+
+def _refuse_what_core_ml_would(package: Package) -> None:
+    """Raises LoweringError for an op outside the table, and for one that mixes float types: no MIL op converts them."""
+    floats = {value.name: value.type.tensorType.dataType for value in package.inputs if not _is_state(value)}
+    for operation in package.operations:
+        if operation.type not in ("const", QUANTIZED, *OPS):
+            raise _fault(f"MIL op {_describe(operation)} is not one that the evaluator knows: {', '.join(OPS)}")
+        floats |= {value.name: value.type.tensorType.dataType for value in operation.outputs}
+        kinds = {floats[name] for name in _names(operation) if floats.get(name) in _FLOATS}
+        if len(kinds) > 1:
+            found = ", ".join(sorted(MilType.Name(kind) for kind in kinds))
+            raise _fault(f"MIL op {_describe(operation)} mixes {found}")
+
+
+def _fault(found: str) -> LoweringError:
+    return LoweringError(found, hint="this is a fault of llama-export: please report it with the model's config.json")
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    "add": _elementwise(torch.add),
+    "cast": _cast,
+    "concat": _concat,
+    "expand_dims": _expand_dims,
+    "gather": _gather,
+    "identity": lambda *, x: x,
+    "linear": _linear,
+    "mul": _elementwise(torch.mul),
+    "read_state": lambda *, input: input.value,
+    "reduce_mean": lambda *, x, axes, keep_dims: x.mean(dim=axes.tolist(), keepdim=bool(keep_dims)),
+    "reshape": _reshape,
+    "rsqrt": lambda *, x, epsilon: (x + epsilon).rsqrt(),
+    "scaled_dot_product_attention": _attention,
+    "shape": lambda *, x: torch.tensor(x.shape, dtype=torch.int32),
+    "silu": lambda *, x: F.silu(x),
+    "slice_by_size": _slice_by_size,
+    "slice_update": _slice_update,
+    "split": _split,
+    "square": lambda *, x: x * x,
+    "squeeze": _squeeze,
+    "sub": _elementwise(torch.sub),
+    "tile": lambda *, x, reps: x.repeat(reps.tolist()),
+    "transpose": lambda *, x, perm: x.permute(perm.tolist()),
+    "write_state": _write_state,
+}
+"""MIL op -> what it computes, with the parameter names of MIL; the definitions are in coremltools' ``iOS15`` to
+``iOS18`` op modules (``coremltools.converters.mil.mil.ops.defs``)."""
+
+_MOVES = frozenset(
+    {
+        *("concat", "expand_dims", "identity", "read_state", "reshape", "slice_by_size", "slice_update"),
+        *("split", "squeeze", "tile", "transpose"),
+    }
+)
+"""Ops that only move numbers, which are rounded already."""

@@ -1,0 +1,149 @@
+"""The ``.mlpackage`` as it lies on disk: a program in protobuf, a weight file, and a manifest that names them."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporter.errors import InputError, LoweringError
+from exporter.files import sha256
+from exporter.quantized import QuantizedTensor
+from exporter.spec import Artifact
+from exporter.store import StoredWeight
+from targets.coreml.blob import WeightFile
+from targets.coreml.toolchain import MIL_pb2, Model_pb2
+
+_DATA = "com.apple.CoreML"
+_MODEL = f"{_DATA}/model.mlmodel"
+_WEIGHTS = f"{_DATA}/weights"
+_NAME_KEY = "co.huggingface.exporters.name"
+_DATE_KEY = "com.github.apple.coremltools.conversion_date"
+_NAMESPACE = uuid.UUID("6f1d3a54-6c0b-4a86-9d0e-0d9a3f6f5c11")
+"""Of this format, for the identifiers in a manifest: any fixed one does."""
+
+MilType = MIL_pb2.DataType
+QUANTIZED = "constexpr_blockwise_shift_scale"
+"""The only op by which our packages store codes."""
+
+
+def mil_name(name: str) -> str:
+    """What a tensor of the model is called in a program, whose names hold only letters, digits and underscores."""
+    return re.sub(r"[^a-zA-Z0-9_]", "_", name)
+
+
+class Package:
+    """A saved package, opened for reading. Raises InputError where it is not what it should be."""
+
+    def __init__(self, path: Path) -> None:
+        model = Model_pb2.Model()
+        try:
+            model.ParseFromString((path / "Data" / _MODEL).read_bytes())
+        except Exception as error:  # protobuf's own, or the file system's
+            raise InputError(f"{path} holds no Core ML model: {error}", hint="make the artifact again") from error
+        self.description = model.description
+        function = model.mlProgram.functions["main"]
+        self.inputs = function.inputs
+        block = function.block_specializations[function.opset]
+        self.operations = block.operations
+        self.outputs: list[str] = list(block.outputs)
+        self._folder = path / "Data" / _DATA
+
+    @cached_property
+    def _weights(self) -> WeightFile:
+        return WeightFile(self._folder / "weights" / "weight.bin")
+
+    def constant(self, value: Any) -> Any:
+        """What a MIL ``Value`` holds: a tensor of its own dtype (int4 as int8), or a string."""
+        if value.type.WhichOneof("type") != "tensorType":
+            raise InputError("a constant of the program is no tensor", hint="make the artifact again")
+        shape = tuple(dimension.constant.size for dimension in value.type.tensorType.dimensions)
+        if value.WhichOneof("value") == "blobFileValue":
+            return self._weights.read(value.blobFileValue.offset, shape)
+        tensor = value.immediateValue.tensor
+        kind = tensor.WhichOneof("value")
+        match value.type.tensorType.dataType:
+            case MilType.STRING:
+                return tensor.strings.values[0]
+            case MilType.FLOAT16:
+                return torch.frombuffer(bytearray(tensor.bytes.values), dtype=torch.float16).view(shape)
+            case MilType.FLOAT32:
+                return torch.tensor(list(tensor.floats.values), dtype=torch.float32).view(shape)
+            case MilType.INT32:
+                return torch.tensor(list(tensor.ints.values), dtype=torch.int32).view(shape)
+            case MilType.BOOL:
+                return torch.tensor(list(tensor.bools.values), dtype=torch.bool).view(shape)
+        raise InputError(
+            f"a constant of the program holds {kind}, which cannot be read", hint="make the artifact again"
+        )
+
+
+def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
+    """Every weight under its own name, in the order of the program, as the bytes of the package say.
+
+    Raises LoweringError for a compressed constant that is no weight of the model, such as a RoPE table.
+    """
+    package = Package(artifact.path)
+    names = {mil_name(name): name for name in artifact.spec.weights()}
+    for operation in package.operations:
+        name = names.get(operation.outputs[0].name) if operation.outputs else None
+        if operation.type == QUANTIZED:
+            if name is None:
+                raise LoweringError(
+                    f"{artifact.path} stores {operation.outputs[0].name} as codes, which is no weight of the model",
+                    hint="make the artifact again",
+                )
+            yield name, _quantized(name, operation, package)
+        elif operation.type == "const" and name is not None:
+            yield name, package.constant(operation.attributes["val"])
+
+
+def _quantized(name: str, operation: Any, package: Package) -> QuantizedTensor:
+    data, scale = (operation.inputs[key].arguments[0].value for key in ("data", "scale"))
+    codes, scales = package.constant(data), package.constant(scale)
+    return QuantizedTensor(
+        name=name,
+        bits=4 if data.type.tensorType.dataType == MilType.INT4 else 8,
+        group_size=codes.shape[1] // scales.shape[1],
+        codes=codes,
+        scales=scales.float(),
+    )
+
+
+def finish(path: Path, *, model_name: str) -> None:
+    """Say in the package which model it is, and take out what differs from one run to the next."""
+    file = path / "Data" / _MODEL
+    model = Model_pb2.Model()
+    model.ParseFromString(file.read_bytes())
+    metadata = model.description.metadata.userDefined
+    metadata[_NAME_KEY] = model_name
+    metadata.pop(_DATE_KEY, None)
+    file.write_bytes(model.SerializeToString(deterministic=True))
+    _write_manifest(path)
+
+
+def _write_manifest(path: Path) -> None:
+    """Its identifiers, random as coremltools makes them, become digests of what they stand for."""
+    weights = path / "Data" / _WEIGHTS / "weight.bin"
+    contents = sha256(path / "Data" / _MODEL) + (sha256(weights) if weights.exists() else "")
+    items = {
+        str(uuid.uuid5(_NAMESPACE, f"{item} {contents}")).upper(): {
+            "author": _DATA,
+            "description": description,
+            "name": Path(item).name,
+            "path": item,
+        }
+        for item, description in ((_MODEL, "CoreML Model Specification"), (_WEIGHTS, "CoreML Model Weights"))
+    }
+    manifest = {
+        "fileFormatVersion": "1.0.0",
+        "itemInfoEntries": items,
+        "rootModelIdentifier": next(iter(items)),
+    }
+    (path / "Manifest.json").write_text(json.dumps(manifest, indent=4) + "\n")

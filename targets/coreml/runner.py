@@ -1,0 +1,101 @@
+"""Tokens in, logits out: a package behind the app's interface, run by Core ML or by the evaluator."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exporter.errors import HostError, InputError
+from exporter.spec import Artifact
+from targets.coreml.evaluate import Evaluator, Rounding
+from targets.coreml.toolchain import ct, quiet
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""Ids int32 [1, T] and mask float16 [1, 1, T, E] -> logits [1, T or 1, V], with the cache grown to E positions."""
+
+
+def run_with_evaluator(path: Path, rounding: Rounding) -> Predict:
+    evaluator = Evaluator(path, rounding=rounding)
+    return lambda ids, mask: evaluator({"inputIds": ids, "causalMask": mask.float()})["logits"]
+
+
+def run_with_core_ml(path: Path) -> Predict:
+    """CPU and GPU, for which the package is made. Raises HostError where Core ML does not load it."""
+    try:
+        with quiet():
+            model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit.CPU_AND_GPU)
+            state = model.make_state()
+    except Exception as error:  # whatever the framework reports
+        raise HostError(f"Core ML does not load {path}: {error}", hint="macOS 15 or later is needed") from error
+
+    def predict(ids: Tensor, mask: Tensor) -> Tensor:
+        outputs = model.predict({"inputIds": ids.numpy(), "causalMask": mask.numpy()}, state=state)
+        return torch.from_numpy(outputs["logits"])
+
+    return predict
+
+
+def executes_here() -> bool:
+    """Whether this host has Core ML."""
+    return sys.platform == "darwin"
+
+
+class CoreMLRunner:
+    """One package with one key-value cache. ``load`` gives the function that predicts, with an empty cache.
+
+    What lies in the cache beyond the current position is never looked at: the mask ends there, and the next call
+    writes over it. So rewinding is a matter of the position alone.
+    """
+
+    def __init__(self, artifact: Artifact, load: Callable[[], Predict]) -> None:
+        self._context = artifact.context
+        self._position = 0
+        started = time.perf_counter()
+        self._predict: Predict | None = load()
+        self.load_s = time.perf_counter() - started
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    def feed(self, ids: Sequence[int]) -> Tensor:
+        assert self._predict is not None, "the runner is closed"
+        end = self._position + len(ids)
+        if not ids or end > self._context:
+            raise InputError(
+                f"{len(ids)} tokens at position {self._position} do not fit: the artifact takes 1 to "
+                f"{self._context - self._position} more of its {self._context} positions",
+                hint="feed fewer tokens, or export with a larger --context",
+            )
+        tokens = torch.tensor([list(ids)], dtype=torch.int32)
+        logits = self._predict(tokens, causal_mask(self._position, end))
+        self._position = end
+        return logits[0].float()
+
+    def rewind(self, position: int) -> None:
+        if not 0 <= position <= self._position:
+            raise InputError(
+                f"cannot rewind to position {position}: the cache holds {self._position} tokens",
+                hint="rewind to a position that has been fed",
+            )
+        self._position = position
+
+    def close(self) -> None:
+        self._predict = None
+
+    def __enter__(self) -> CoreMLRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def causal_mask(position: int, end: int) -> Tensor:
+    """float16 [1, 1, end - position, end]: 0 up to and including a query's own position, -inf beyond it."""
+    blocked = torch.ones(end - position, end, dtype=torch.bool).triu(diagonal=position + 1)
+    return torch.zeros(blocked.shape, dtype=torch.float16).masked_fill(blocked, float("-inf"))[None, None]

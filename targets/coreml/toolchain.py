@@ -1,0 +1,84 @@
+"""The border to coremltools: imported here and nowhere else, without its noise, with its exceptions turned into ours.
+
+Import this module late: it takes seconds, and raises MissingToolError where coremltools is not installed.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from exporter.errors import MissingToolError
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide what coremltools says below the rank of an error.
+
+    On Linux it reports eight missing macOS libraries at import, and versions of torch and scikit-learn that it has not
+    been tested with; this route uses neither of them.
+    """
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+with quiet():
+    try:
+        import coremltools as ct
+        from coremltools.converters.mil import Builder as mb  # noqa: N813  (its own documentation's name)
+        from coremltools.converters.mil.mil import get_new_symbol, types
+        from coremltools.converters.mil.mil.passes import pass_pipeline
+        from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
+        from coremltools.proto import MIL_pb2, Model_pb2
+    except ImportError as error:
+        raise MissingToolError(
+            f"the Core ML target needs coremltools, which cannot be imported: {error}",
+            hint="pip install coremltools==9.0",
+        ) from error
+
+__all__ = [
+    "MIL_pb2",
+    "Model_pb2",
+    "ct",
+    "get_new_symbol",
+    "mb",
+    "quiet",
+    "types",
+    "without_constant_merging",
+    "without_progress_bars",
+]
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Run the passes of a conversion without the bar that each of them draws."""
+    bar = pass_pipeline.tqdm
+    pass_pipeline.tqdm = lambda passes, **_: passes
+    try:
+        yield
+    finally:
+        pass_pipeline.tqdm = bar
+
+
+@contextmanager
+def without_constant_merging() -> Iterator[None]:
+    """Keep every constant of a conversion under its own name.
+
+    The pass merges constants that are equal within a tolerance, and so loses the name of a weight that equals another.
+    What is shared on purpose (a tied head) is one constant from the start.
+    """
+    merging = PASS_REGISTRY["common::const_deduplication"]
+    elements = merging.const_threshold
+    merging.const_threshold = 1 << 62  # constants of fewer elements than this are left alone
+    try:
+        yield
+    finally:
+        merging.const_threshold = elements

@@ -1,0 +1,98 @@
+"""ExecuTorch: a ``.pte`` whose layers are XNNPACK delegates. Importing this folder imports no toolchain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Precision, WeightScheme
+
+if TYPE_CHECKING:
+    from exporter.model.graph import Graph
+    from exporter.store import StoredWeight, WeightStore
+    from targets.base import Runner, Target
+
+FILE_NAME = "model.pte"
+
+_LEAST_CONTEXT = 4
+"""torch.export takes a length of 0 or 1 for a constant, so that a dynamic one needs room above."""
+
+
+class ExecuTorchTarget:
+    name: ClassVar[str] = "executorch"
+    backends: ClassVar[tuple[str, ...]] = ("xnnpack",)
+    format: ClassVar[str] = ".pte, an ExecuTorch program"
+
+    def refuse(self, spec: ModelSpec, plan: Plan) -> str | None:
+        scheme = plan.scheme
+        if plan.context < _LEAST_CONTEXT:
+            return f"the context is {plan.context}, a program of dynamic length needs at least {_LEAST_CONTEXT}"
+        for name, shape in spec.weights().items():
+            if len(shape) == 2 and scheme.precision(name) is Precision.INT4 and shape[1] % scheme.group_size:
+                return f"{name} has {shape[1]} columns, which int4 groups of {scheme.group_size} do not divide"
+        return None
+
+    def arithmetic(self, scheme: WeightScheme) -> Arithmetic:
+        quantized = any(precision.bits for precision in (scheme.body, scheme.embedding, scheme.head))
+        return Arithmetic(
+            activations=Activations.INT8_PER_TOKEN if quantized else Activations.FLOAT,
+            compute_dtype="fp32",
+            kv_dtype="fp32",
+        )
+
+    def lower(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> Artifact:
+        from targets.executorch.lower import write_program
+
+        path = out / FILE_NAME
+        write_program(graph, store, path, context=plan.context, logits=plan.logits)
+        return Artifact(
+            target=self.name,
+            backend=self.backends[0],
+            path=path,
+            spec=graph.spec,
+            scheme=plan.scheme,
+            arithmetic=self.arithmetic(plan.scheme),
+            context=plan.context,
+            logits=plan.logits,
+        )
+
+    def find(self, bundle: Path) -> Path:
+        return bundle / FILE_NAME
+
+    def read_weights(self, artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
+        from targets.executorch.read import read_weights
+
+        return read_weights(artifact)
+
+    def runtime(self) -> str:
+        from targets.executorch.border import installed_version
+
+        return f"executorch {installed_version()}, xnnpack"
+
+    def open(self, artifact: Artifact, *, threads: int) -> AbstractContextManager[Runner]:
+        from targets.executorch.runner import ProgramRunner
+
+        return ProgramRunner(artifact, threads=threads)
+
+    @contextmanager
+    def open_structure(
+        self, artifact: Artifact, *, graph: Graph, store: WeightStore, plan: Plan, scratch: Path
+    ) -> Iterator[Runner]:
+        """With every code as the float32 weight it stands for; an artifact without codes is its own structure."""
+        from targets.executorch.lower import Dequantized, write_program
+
+        if self.arithmetic(plan.scheme).activations is not Activations.FLOAT:
+            path = scratch / FILE_NAME
+            write_program(graph, Dequantized(store), path, context=plan.context, logits=plan.logits)
+            artifact = replace(artifact, path=path)
+        with self.open(artifact, threads=plan.threads) as runner:
+            yield runner
+
+    def latency_unmeasurable(self) -> str | None:
+        return None
+
+
+TARGET: Target = ExecuTorchTarget()

@@ -1,0 +1,244 @@
+"""The traced graph to an ExecuTorch program: a table over the graph's ops.
+
+Linears, norms and what is between them go into XNNPACK segments; each attention closes one and opens the next, so that
+L layers make L + 1 delegates. What XNNPACK has no node for stays in a small outer module: the embedding, the rotary
+tables, and the attention over a cache that is updated in place (ExecuTorch's ``llama::update_cache`` and
+``llama::custom_sdpa``). Only that module goes through ``torch.export``.
+
+The program is what ExecuTorch's own runners for Android and iOS expect: ``forward(tokens int64 [1, T], input_pos int64
+[1]) -> logits float32 [1, T or 1, V]`` for any T from 1 to the context, and constant methods that describe the model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from exporter.errors import LoweringError
+from exporter.files import written_whole
+from exporter.model.graph import Constant, Graph, Table, Weight
+from exporter.model.reference import Weights
+from exporter.quantized import QuantizedTensor
+from exporter.spec import FINAL_NORM, Logits, ModelSpec
+from exporter.store import StoredWeight
+from targets.executorch import border
+
+with border.toolchain("be imported"):
+    import executorch.extension.llm.custom_ops.custom_ops  # registers llama::*
+    import executorch.kernels.quantized  # noqa: F401  (registers quantized_decomposed::*.out)
+    from executorch.exir import EdgeProgramManager, ExecutorchProgramManager, to_edge
+    from executorch.exir.lowered_backend_module import LoweredBackendModule
+
+    from targets.executorch.outer import Attention, LastPosition, Outer, RotaryTables, Step, embedding_module
+    from targets.executorch.xnnpack import Segment, Wire
+
+_EXAMPLE_LENGTH = 3
+"""Tokens in the example that is traced: neither 0 nor 1, which would become constants."""
+
+
+class Dequantized:
+    """Weights with every code replaced by the float32 number that it stands for."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str, /) -> StoredWeight:
+        stored = self._weights[name]
+        return stored.dequantize() if isinstance(stored, QuantizedTensor) else stored
+
+
+def write_program(graph: Graph, weights: Weights, path: Path, *, context: int, logits: Logits) -> None:
+    """Lower ``graph`` and write ``path``, whole or not at all. Raises LoweringError."""
+    with border.toolchain("lower the graph"):
+        outer = Walk(weights, context=context, logits=logits).run(graph)
+        program = _compile(outer, context=context, described=describe(graph.spec, context=context))
+    with written_whole(path) as temporary, border.toolchain("write the program"), temporary.open("wb") as file:
+        program.write_to_file(file)
+
+
+def describe(spec: ModelSpec, *, context: int) -> dict[str, Any]:
+    """The constant methods by which a runner knows the model; ``get_max_seq_len`` is the true bound of one call."""
+    described: dict[str, Any] = {
+        "get_max_seq_len": context,
+        "get_max_context_len": context,
+        "get_vocab_size": spec.vocab_size,
+        "get_n_layers": spec.num_hidden_layers,
+        "get_eos_ids": list(spec.eos_token_ids),
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
+    if spec.bos_token_id is not None:
+        described["get_bos_id"] = spec.bos_token_id
+    return described
+
+
+class Walk:
+    """One walk over a graph: the table, the segment that is open, and the steps so far."""
+
+    def __init__(self, weights: Weights, *, context: int, logits: Logits) -> None:
+        self._weights = weights
+        self._context = context
+        self._logits = logits
+        self._tokens, self._start = Wire((1, context)), Wire((1,))
+        self._rotary: dict[str, tuple[Wire, Wire]] = {}
+        self._segment = Segment()
+        self._steps: list[Step | Segment] = []
+        self._table: Table = {
+            "embedding": self._embedding,
+            "linear": self._linear,
+            "rms_norm": self._rms_norm,
+            "silu": self._silu,
+            "mul": self._multiply,
+            "add": self._add,
+            "attention": self._attention,
+        }
+
+    def run(self, graph: Graph) -> Outer:
+        """The outer module for ``graph``. Raises LoweringError for an op, or an argument of one, without a lowering."""
+        caches = dict.fromkeys(graph.inputs)  # each attention keeps its own
+        logits: Wire = graph.run(self._table, {**caches, "ids": self._tokens})["logits"]
+        self._segment.send(logits)
+        self._close_segment()
+        stand_ins = StandIns(context=self._context)
+        steps = [
+            Step(_lowered(step, stand_ins), tuple(step.inputs), tuple(step.outputs))
+            if isinstance(step, Segment)
+            else step
+            for step in self._steps
+        ]
+        return Outer(steps, tokens=self._tokens, start=self._start, logits=logits, context=self._context)
+
+    def _embedding(self, ids: Wire, weight: Weight) -> Wire:
+        rows = Wire((1, self._context, weight.shape[1]))
+        self._steps.append(Step(embedding_module(self._weights[weight.name]), (ids,), (rows,)))
+        return rows
+
+    def _linear(self, x: Wire, weight: Weight) -> Wire:
+        return self._segment.linear(x, name=weight.name, weight=self._weights[weight.name])
+
+    def _rms_norm(self, x: Wire, weight: Weight, eps: float) -> Wire:
+        if weight.name == FINAL_NORM and self._logits is Logits.LAST:
+            x = self._last_position(x)
+        values = self._weights[weight.name]
+        assert isinstance(values, Tensor)  # norms are float32 always
+        return self._segment.rms_norm(x, name=weight.name, weight=values, eps=eps)
+
+    def _silu(self, x: Wire) -> Wire:
+        return self._segment.silu(x)
+
+    def _multiply(self, a: Wire, b: Wire) -> Wire:
+        return self._segment.multiply(a, b)
+
+    def _add(self, a: Wire, b: Wire) -> Wire:
+        return self._segment.add(a, b)
+
+    def _last_position(self, x: Wire) -> Wire:
+        if x.source:
+            x.source.send(x)
+        self._close_segment()
+        last = Wire((1, 1, x.shape[-1]))
+        self._steps.append(Step(LastPosition(), (x,), (last,)))
+        return last
+
+    def _attention(
+        self,
+        q: Wire,
+        k: Wire,
+        v: Wire,
+        _past_k: None,
+        _past_v: None,
+        inv_freq: Constant | None,
+        heads: int,
+        kv_heads: int,
+        scale: float,
+        window: int,
+        chunk: int,
+    ) -> tuple[Wire, None, None]:
+        if window or chunk:
+            raise LoweringError(
+                f"attention with window {window} and chunk {chunk} has no lowering: llama::custom_sdpa sees every key",
+                hint="choose another target for this model",
+            )
+        segment = self._segment
+        q, k, v = segment.split_heads(q, heads), segment.split_heads(k, kv_heads), segment.split_heads(v, kv_heads)
+        if inv_freq is not None:
+            cos, sin = self._rotary_tables(inv_freq)
+            q, k = segment.rotate(q, cos=cos, sin=sin), segment.rotate(k, cos=cos, sin=sin)
+        for wire in (q, k, v):
+            segment.send(wire)
+        self._close_segment()
+        module = Attention(context=self._context, kv_heads=kv_heads, head_dim=k.shape[-1], scale=scale)
+        context = Wire(q.shape)
+        self._steps.append(Step(module, (q, k, v, self._start), (context,)))
+        return self._segment.join_heads(context), None, None
+
+    def _rotary_tables(self, inv_freq: Constant) -> tuple[Wire, Wire]:
+        if inv_freq.name not in self._rotary:
+            shape = (1, self._context, 1, 2 * inv_freq.value.shape[0])
+            tables = Wire(shape), Wire(shape)
+            module = RotaryTables(inv_freq.value, context=self._context)
+            self._steps.append(Step(module, (self._tokens, self._start), tables))
+            self._rotary[inv_freq.name] = tables
+        return self._rotary[inv_freq.name]
+
+    def _close_segment(self) -> None:
+        self._steps.append(self._segment)
+        self._segment = Segment()
+
+
+def _lowered(segment: Segment, stand_ins: StandIns) -> nn.Module:
+    payload, constants = segment.serialize()
+    shapes_in = tuple(wire.shape for wire in segment.inputs)
+    shapes_out = tuple(wire.shape for wire in segment.outputs)
+    module: nn.Module = LoweredBackendModule(
+        stand_ins.program(shapes_in, shapes_out), "XnnpackBackend", payload, [], constants
+    )
+    return module
+
+
+class StandIns:
+    """Programs that give nothing but the shapes of a delegate's results: what ExecuTorch traces in its place."""
+
+    def __init__(self, *, context: int) -> None:
+        self._context = context
+        self._made: dict[Any, ExportedProgram] = {}
+
+    def program(self, inputs: tuple[tuple[int, ...], ...], outputs: tuple[tuple[int, ...], ...]) -> ExportedProgram:
+        """For shapes whose second length is dynamic where it is the context; made once for each kind of segment."""
+        if (inputs, outputs) not in self._made:
+            self._made[inputs, outputs] = self._make(inputs, outputs)
+        return self._made[inputs, outputs]
+
+    def _make(self, inputs: tuple[tuple[int, ...], ...], outputs: tuple[tuple[int, ...], ...]) -> ExportedProgram:
+        dynamic = {1: Dim("length", max=self._context)}
+        dynamic_shapes = tuple(dynamic if shape[1] == self._context else None for shape in inputs)
+        examples = tuple(
+            torch.zeros(shape if fixed is None else (shape[0], _EXAMPLE_LENGTH, *shape[2:]))
+            for shape, fixed in zip(inputs, dynamic_shapes, strict=True)
+        )
+        exported = torch.export.export(_ShapesOnly(outputs), examples, dynamic_shapes=(dynamic_shapes,), strict=False)
+        program: ExportedProgram = to_edge(exported).exported_program()
+        return program
+
+
+class _ShapesOnly(nn.Module):
+    def __init__(self, shapes: tuple[tuple[int, ...], ...]) -> None:
+        super().__init__()
+        self._shapes = shapes
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        length = inputs[0].shape[1]  # [1, T, ...]
+        return tuple(inputs[0].new_zeros((shape[0], length, *shape[2:])) for shape in self._shapes)
+
+
+def _compile(outer: Outer, *, context: int, described: dict[str, Any]) -> ExecutorchProgramManager:
+    examples = torch.zeros(1, _EXAMPLE_LENGTH, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    length = Dim("length", max=context)
+    exported = torch.export.export(outer, examples, dynamic_shapes=({1: length}, None), strict=False)
+    edge: EdgeProgramManager = to_edge(exported, constant_methods=described)
+    return edge.to_executorch()

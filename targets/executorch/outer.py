@@ -1,0 +1,133 @@
+"""The part of a program that XNNPACK has no node for: one module for each step, and the module that runs them in order.
+
+It is traced once by ``torch.export`` and never executed in PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exporter.model.rope import rope_table
+from exporter.quantized import QuantizedTensor, pack_int4
+from exporter.store import StoredWeight
+from targets.executorch.xnnpack import NIBBLE_OFFSET, Wire
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """``module`` applied to the values of ``inputs``, giving those of ``outputs``."""
+
+    module: nn.Module
+    inputs: tuple[Wire, ...]
+    outputs: tuple[Wire, ...]
+
+
+class Outer(nn.Module):
+    """tokens int64 [1, T], input_pos int64 [1] -> logits float32 [1, T or 1, V]; the caches are buffers."""
+
+    def __init__(self, steps: Sequence[Step], *, tokens: Wire, start: Wire, logits: Wire, context: int) -> None:
+        super().__init__()
+        self.modules_in_order = nn.ModuleList(step.module for step in steps)
+        self._steps = [(step.inputs, step.outputs) for step in steps]
+        self._tokens, self._start, self._logits, self._context = tokens, start, logits, context
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        start = input_pos[0].item()
+        for held in (start >= 0, start < self._context, start + tokens.shape[1] <= self._context):
+            torch._check(held)
+        values: dict[Wire, Any] = {self._tokens: tokens, self._start: start}
+        for module, (inputs, outputs) in zip(self.modules_in_order, self._steps, strict=True):
+            results = module(*[values[wire] for wire in inputs])
+            values.update(zip(outputs, results if isinstance(results, tuple | list) else (results,), strict=True))
+        logits: Tensor = values[self._logits]
+        return logits
+
+
+class FloatEmbedding(nn.Module):
+    """tokens [1, T] -> float32 [1, T, H] from a float16 or float32 table, widened after the rows are taken."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return nn.functional.embedding(tokens, self.get_buffer("table")).float()
+
+
+class Int8Embedding(nn.Module):
+    """tokens [1, T] -> float32 [1, T, H] from int8 rows with a scale each."""
+
+    def __init__(self, table: QuantizedTensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", table.codes)
+        self.register_buffer("scales", table.scales)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        embed = torch.ops.quantized_decomposed.embedding_byte
+        rows: Tensor = embed(self.get_buffer("codes"), self.get_buffer("scales"), None, -128, 127, tokens)
+        return rows
+
+
+class Int4Embedding(nn.Module):
+    """tokens [1, T] -> float32 [1, T, H] from int4 codes with a scale for each group; the *high* nibble comes first."""
+
+    def __init__(self, table: QuantizedTensor) -> None:
+        super().__init__()
+        packed = pack_int4(table.codes) ^ NIBBLE_OFFSET
+        self.register_buffer("codes", (packed << 4) | (packed >> 4))
+        self.register_buffer("scales", table.scales)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        embed = torch.ops.quantized_decomposed.embedding_4bit
+        rows: Tensor = embed(self.get_buffer("codes"), self.get_buffer("scales"), None, -8, 7, tokens)
+        return rows
+
+
+def embedding_module(table: StoredWeight) -> nn.Module:
+    if isinstance(table, QuantizedTensor):
+        return Int8Embedding(table) if table.bits == 8 else Int4Embedding(table)
+    return FloatEmbedding(table)
+
+
+class RotaryTables(nn.Module):
+    """tokens [1, T], start -> [cos, cos] and [-sin, sin] of those positions: two float32 [1, T, 1, D]."""
+
+    def __init__(self, inv_freq: Tensor, *, context: int) -> None:
+        super().__init__()
+        cos, sin = rope_table(inv_freq, first=0, count=context)
+        self.register_buffer("cos", torch.cat([cos, cos], dim=-1)[None, :, None])
+        self.register_buffer("sin", torch.cat([-sin, sin], dim=-1)[None, :, None])
+
+    def forward(self, tokens: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        length = tokens.shape[1]
+        return self.get_buffer("cos").narrow(1, start, length), self.get_buffer("sin").narrow(1, start, length)
+
+
+class Attention(nn.Module):
+    """q [1, T, H, D], k and v [1, T, KV, D] (q and k rotated), start -> context [1, T, H, D]; keeps the cache."""
+
+    def __init__(self, *, context: int, kv_heads: int, head_dim: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("keys", torch.zeros(1, context, kv_heads, head_dim))
+        self.register_buffer("values", torch.zeros(1, context, kv_heads, head_dim))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        keys, values = self.get_buffer("keys"), self.get_buffer("values")
+        torch.ops.llama.update_cache(k, keys, start)
+        torch.ops.llama.update_cache(v, values, start)
+        dropout, causal = 0.0, True
+        context: Tensor = torch.ops.llama.custom_sdpa(q, keys, values, start, None, dropout, causal, self.scale)
+        return context
+
+
+class LastPosition(nn.Module):
+    """[1, T, H] -> [1, 1, H], so that the head is computed once a call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, -1:]

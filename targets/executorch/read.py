@@ -1,0 +1,162 @@
+"""Weights read back out of a program's file, by name, for the codes verdict.
+
+A ``.pte`` is a flatbuffer followed by segments. The linears' weights are *named data*, a segment each. The embedding's
+are constants of the outer module, which have no names: they are found as the arguments of the one embedding kernel that
+the program calls. What is found decides the precision and the group size, not the scheme that was asked for. The file
+is mapped, and one tensor at a time is copied out of it.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from exporter.errors import LoweringError
+from exporter.quantized import QuantizedTensor, unpack_int4
+from exporter.spec import EMBEDDING, Artifact
+from exporter.store import StoredWeight
+from targets.executorch import border
+
+with border.toolchain("be imported"):
+    from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
+    from executorch.exir._serialize._program import _get_extended_header
+    from executorch.exir.scalar_type import ScalarType
+    from executorch.exir.schema import KernelCall, Program
+    from executorch.exir.schema import Tensor as ProgramTensor
+
+    from targets.executorch.xnnpack import CODES, NIBBLE_OFFSET, SCALES
+
+_BITS_OF_KERNEL = {
+    "aten::embedding": None,
+    "quantized_decomposed::embedding_byte": 8,
+    "quantized_decomposed::embedding_4bit": 4,
+}
+"""The kernels that an embedding is lowered to. The first argument is the table, of a quantized one the second its
+scales."""
+
+_DTYPES = {
+    ScalarType.BYTE: torch.uint8,
+    ScalarType.CHAR: torch.int8,
+    ScalarType.HALF: torch.float16,
+    ScalarType.FLOAT: torch.float32,
+}
+
+_HEADER_BYTES = 64
+_AGAIN = "lower the model again"
+
+
+def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
+    """Every weight in the file under its stored name: the embedding's table first, then what the delegates hold.
+
+    Raises LoweringError for a file that is no whole program, or in which a weight is missing or has a wrong size.
+    """
+    with ProgramFile(artifact.path) as file:
+        yield EMBEDDING, _read_embedding(file)
+        for name, shape in artifact.spec.weights().items():
+            if name != EMBEDDING or artifact.spec.tie_word_embeddings:
+                yield name, _read_delegated(file, name, shape)
+
+
+class ProgramFile:
+    """A ``.pte``, mapped: its flatbuffer parsed, its segments as they lie in the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with border.toolchain("read the program back"):
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            header = _get_extended_header(self._map[:_HEADER_BYTES])
+            if header is None:
+                raise LoweringError(f"{path} is no ExecuTorch program: it has no header", hint=_AGAIN)
+            self.program: Program = _flatbuffer_to_program(self._map[: header.program_size])
+        self._segments_start = header.segment_base_offset
+        self._named = {entry.key: entry.segment_index for entry in self.program.named_data or []}
+
+    def __enter__(self) -> ProgramFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._map.close()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._named
+
+    def size(self, key: str) -> int:
+        """Bytes that lie under ``key`` in the named data. Raises LoweringError where there is no such key."""
+        if key not in self:
+            raise LoweringError(f"{self._path} holds no {key}", hint=_AGAIN)
+        size: int = self.program.segments[self._named[key]].size
+        return size
+
+    def named(self, key: str, *, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """What lies under ``key`` in the named data. Raises LoweringError where it is not of that size."""
+        wanted = math.prod(shape) * dtype.itemsize
+        if self.size(key) != wanted:
+            raise LoweringError(
+                f"{self._path}: {key} has {self.size(key)} bytes, {list(shape)} of {dtype} has {wanted}", hint=_AGAIN
+            )
+        return self._tensor(self.program.segments[self._named[key]].offset, shape=shape, dtype=dtype)
+
+    def call(self, kernel: str) -> list[ProgramTensor] | None:
+        """The arguments of the only call of ``kernel``; None if there is no such call, or more than one."""
+        (plan,) = [plan for plan in self.program.execution_plan if plan.name == "forward"]
+        indices = {index for index, operator in enumerate(plan.operators) if operator.name == kernel}
+        instructions = [instruction.instr_args for chain in plan.chains for instruction in chain.instructions]
+        calls = [call for call in instructions if isinstance(call, KernelCall) and call.op_index in indices]
+        return [plan.values[argument].val for argument in calls[0].args] if len(calls) == 1 else None
+
+    def constant(self, tensor: ProgramTensor) -> Tensor:
+        """The contents of a constant of the outer module, in the shape and dtype that the program gives it."""
+        constants = self.program.constant_segment
+        offset = self.program.segments[constants.segment_index].offset + constants.offsets[tensor.data_buffer_idx]
+        return self._tensor(offset, shape=tuple(tensor.sizes), dtype=_DTYPES[tensor.scalar_type])
+
+    def _tensor(self, offset: int, *, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        start, length = self._segments_start + offset, math.prod(shape) * dtype.itemsize
+        data = bytearray(self._map[start : start + length])
+        if len(data) != length:
+            raise LoweringError(f"{self._path} is cut off: it ends at byte {len(self._map)}", hint=_AGAIN)
+        return torch.frombuffer(data, dtype=dtype).view(shape)
+
+
+def _read_embedding(file: ProgramFile) -> StoredWeight:
+    for kernel, bits in _BITS_OF_KERNEL.items():
+        arguments = file.call(kernel)
+        if arguments is None:
+            continue
+        table = file.constant(arguments[0])
+        if bits is None:
+            return table
+        codes = table if bits == 8 else unpack_int4(((table << 4) | (table >> 4)) ^ NIBBLE_OFFSET)
+        return _quantized(EMBEDDING, codes, file.constant(arguments[1]), bits=bits)
+    raise LoweringError(
+        f"the program calls no embedding kernel that is known: {', '.join(_BITS_OF_KERNEL)}", hint=_AGAIN
+    )
+
+
+def _read_delegated(file: ProgramFile, name: str, shape: tuple[int, ...]) -> StoredWeight:
+    elements = math.prod(shape)
+    if name + CODES not in file:
+        half = file.size(name) == elements * torch.float16.itemsize
+        return file.named(name, shape=shape, dtype=torch.float16 if half else torch.float32)
+    rows, columns = shape
+    if file.size(name + CODES) == elements:
+        codes = file.named(name + CODES, shape=shape, dtype=torch.int8)
+        return _quantized(name, codes, file.named(name + SCALES, shape=(rows, 1), dtype=torch.float32), bits=8)
+    packed = file.named(name + CODES, shape=(rows, columns // 2), dtype=torch.uint8)
+    groups = file.size(name + SCALES) // (rows * torch.bfloat16.itemsize)
+    scales = file.named(name + SCALES, shape=(rows, groups), dtype=torch.bfloat16)
+    return _quantized(name, unpack_int4(packed ^ NIBBLE_OFFSET), scales.float(), bits=4)
+
+
+def _quantized(name: str, codes: Tensor, scales: Tensor, *, bits: int) -> QuantizedTensor:
+    group_size = codes.shape[1] // max(1, scales.shape[1])
+    return QuantizedTensor(name=name, bits=bits, group_size=group_size, codes=codes, scales=scales)

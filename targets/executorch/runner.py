@@ -1,0 +1,151 @@
+"""A program executed on this host by ExecuTorch's runtime and XNNPACK, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from multiprocessing import Pipe
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from exporter.errors import CapacityError, ExportError, InputError, LoweringError, MissingToolError
+from exporter.spec import Artifact
+from targets.executorch.border import INSTALL, installed_version
+
+_HARMLESS = re.compile(r"cpuinfo_utils\.cpp|^\s*$|^\s*\^|warn")
+"""Lines of standard error that are never the reason for a failure: cpuinfo counting cores, Python warnings."""
+
+_END_TIMEOUT_S = 10
+
+
+class ProgramRunner:
+    """One loaded program with one key-value cache; a worker process holds it.
+
+    Raises MissingToolError where ExecuTorch is not installed, LoweringError where it cannot load the program, and
+    CapacityError where the system ended the worker.
+    """
+
+    load_s: float
+
+    def __init__(self, artifact: Artifact, *, threads: int) -> None:
+        installed_version()
+        self._artifact = artifact
+        self._position = 0
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed in close)
+        self._connection, worker_end = Pipe()
+        arguments = [str(artifact.path), str(threads), str(worker_end.fileno())]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "targets.executorch.worker", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            pass_fds=[worker_end.fileno()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)},
+        )
+        worker_end.close()
+        try:
+            self.load_s = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._fail("load", error)
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    def feed(self, ids: Sequence[int]) -> Tensor:
+        self._check(ids)
+        try:
+            self._connection.send((list(ids), self._position))
+            kind, content = self._connection.recv()
+            if kind == "error":
+                reason = self._last_line() or content
+                raise LoweringError(
+                    f"ExecuTorch could not run {self._artifact.path.name} on {len(ids)} tokens "
+                    f"at position {self._position}: {reason}",
+                    hint="lower the model again; if it stays so, this is a fault of llama-export: please report it",
+                )
+            logits = torch.empty(content)
+            self._connection.recv_bytes_into(logits.numpy().data.cast("B"))
+        except (EOFError, OSError) as error:
+            self._fail("run", error)
+        self._position += len(ids)
+        return logits
+
+    def rewind(self, position: int) -> None:
+        if not 0 <= position <= self._position:
+            raise InputError(
+                f"cannot rewind to position {position}: the cache holds {self._position} tokens",
+                hint="rewind goes back only",
+            )
+        self._position = position
+
+    def close(self) -> None:
+        self._connection.close()  # the worker ends when it sees that
+        try:
+            self._process.wait(timeout=_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def __enter__(self) -> ProgramRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self, ids: Sequence[int]) -> None:
+        context, vocab_size = self._artifact.context, self._artifact.spec.vocab_size
+        if not ids:
+            raise InputError("no tokens were fed", hint="feed at least one")
+        if self._position + len(ids) > context:
+            raise InputError(
+                f"{len(ids)} tokens at position {self._position} exceed the context of {context}",
+                hint="feed fewer, or export with a larger --context",
+            )
+        strange = [token for token in ids if not 0 <= token < vocab_size]
+        if strange:
+            raise InputError(
+                f"token {strange[0]} is outside the vocabulary of {vocab_size}",
+                hint="tokenize with the tokenizer of this model",
+            )
+
+    def _fail(self, verb: str, error: Exception) -> NoReturn:
+        """The worker is gone: end what is left of it and say why."""
+        self._connection.close()
+        status = self._process.wait()
+        reason = self._last_line() or f"it ended with status {status} and said nothing"
+        self._log.close()
+        raise _error_for(status, verb=verb, reason=reason, path=self._artifact.path) from error
+
+    def _last_line(self) -> str:
+        """The last line that the worker wrote which says anything."""
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").splitlines()
+        telling = [line.strip() for line in lines if not _HARMLESS.search(line)]
+        return telling[-1] if telling else ""
+
+
+def _error_for(status: int, *, verb: str, reason: str, path: Path) -> ExportError:
+    if status == -signal.SIGKILL:
+        return CapacityError(
+            f"the system ended ExecuTorch while it was to {verb} {path.name}, most likely for want of memory",
+            hint="free memory, or take a smaller --context or precision",
+        )
+    if "MissingToolError" in reason or "ImportError" in reason:
+        return MissingToolError(f"ExecuTorch's runtime cannot be imported: {reason}", hint=INSTALL)
+    return LoweringError(
+        f"ExecuTorch could not {verb} {path.name}: {reason}",
+        hint="lower the model again; if it stays so, this is a fault of llama-export: please report it",
+    )

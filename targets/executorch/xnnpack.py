@@ -1,0 +1,306 @@
+"""XNNPACK graphs, written node by node: what ExecuTorch's partitioner would arrive at, without its passes.
+
+The stock way (``to_edge_transform_and_lower``) re-traces every subgraph with fake tensors some thirty times, about
+eight seconds a layer whatever the weights. A ``Segment`` appends the nodes that it would emit, and serializes them with
+the wheel's own serializer; a test holds that both give the same logits, bit by bit.
+
+Weights lie in the program's *named data* under the names that they have in the checkpoint, so that they can be read
+back. The runtime does not compare the length of a codes buffer with its tensor (one that is too short loads and
+answers garbage), so every constant is measured here.
+
+How a weight is stored and what XNNPACK computes:
+
+    float32          f32 x f32
+    float16          f32 x f16: the weight lies in the file as float16, XNNPACK widens it when it packs it at load
+    int8 per row     qdint8 x qcint8: activations rounded to int8 for each token as they come, float32 scales
+    int4 by groups   qdint8 x qbint4: the same activations, bf16 scales
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as xnn
+from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import (
+    CONSTANT_TENSOR_ALIGNMENT,
+    serialize_xnnpack_binary,
+)
+from executorch.backends.xnnpack.utils.xnnpack_constants import (
+    UINT64_MAX,
+    XNN_INVALID_VALUE_ID,
+    XNN_VALUE_FLAG_EXTERNAL_INPUT,
+    XNN_VALUE_FLAG_EXTERNAL_OUTPUT,
+)
+from executorch.exir._serialize._named_data_store import NamedDataStore, NamedDataStoreOutput
+from torch import Tensor
+
+from exporter.errors import LoweringError
+from exporter.quantized import QuantizedTensor, pack_int4
+from exporter.store import StoredWeight
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+CODES, SCALES = ".codes", ".scales"
+"""What follows a weight's name in the named data; a float weight lies under the bare name."""
+
+NIBBLE_OFFSET = 0x88
+"""XNNPACK's int4 codes count from -8: a two's-complement nibble with its highest bit flipped."""
+
+_BITS = {
+    xnn.XNNDatatype.xnn_datatype_fp32: 32,
+    xnn.XNNDatatype.xnn_datatype_fp16: 16,
+    xnn.XNNDatatype.xnn_datatype_qcint8: 8,
+    xnn.XNNDatatype.xnn_datatype_qbint4: 4,
+}
+_FLOATS = {
+    torch.float32: xnn.XNNDatatype.xnn_datatype_fp32,
+    torch.float16: xnn.XNNDatatype.xnn_datatype_fp16,
+}
+_NO_DEBUG_HANDLE = 65535
+_DYNAMIC = 0
+"""In StaticReshape and StaticSlice: the length that is left over, or up to the end."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Wire:
+    """A float32 tensor of the whole program. ``shape`` holds the largest length in the place of a dynamic one."""
+
+    shape: tuple[int, ...]
+    source: Segment | None = None
+    """The segment that computes it; None if it comes from outside of all of them."""
+
+
+class Segment:
+    """A run of nodes that becomes one delegate.
+
+    A wire from elsewhere that a node takes becomes an input; a wire of its own becomes an output when ``send`` is
+    called on it. Their order here is the order of the delegate's arguments and results.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: list[Wire] = []
+        self.outputs: list[Wire] = []
+        self._ids: dict[Wire, int] = {}
+        self._constant_ids: dict[str, int] = {}
+        self._rounded_ids: dict[Wire, int] = {}
+        self._values: list[xnn.XValue] = []
+        self._nodes: list[xnn.XNode] = []
+        self._constants = [xnn.ConstantDataOffset(0, 0)]  # buffer 0 means: not a constant
+        self._data = NamedDataStore()
+
+    def linear(self, x: Wire, *, name: str, weight: StoredWeight) -> Wire:
+        """``x`` [1, T, K] times the transpose of ``weight`` [N, K]."""
+        if isinstance(weight, QuantizedTensor):
+            source, kernel = self._rounded(x), self._codes(weight)
+        else:
+            source, kernel = self._use(x), self._floats(name, weight, dtype=weight.dtype)
+        result = self._wire((*x.shape[:-1], weight.shape[0]))
+        self._node(xnn.XNNFullyConnected(source, kernel, XNN_INVALID_VALUE_ID, self._ids[result], 0))
+        return result
+
+    def rms_norm(self, x: Wire, *, name: str, weight: Tensor, eps: float) -> Wire:
+        """XNNPACK's graph format has no mean: it is a matrix of one row that holds 1/H."""
+        width = x.shape[-1]
+        squares = self._unary(xnn.XNNSquare, x)
+        mean = self.linear(squares, name=f"mean of {width}", weight=torch.full((1, width), 1.0 / width))
+        shifted = self._binary(xnn.XNNAdd, mean, self._scalar(eps))
+        normal = self._binary(xnn.XNNMultiply, x, self._ids[self._unary(xnn.XNNReciprocalSquareRoot, shifted)])
+        return self._binary(xnn.XNNMultiply, normal, self._floats(name, weight, dtype=torch.float32))
+
+    def silu(self, x: Wire) -> Wire:
+        return self.multiply(x, self._unary(xnn.XNNSigmoid, x))
+
+    def multiply(self, a: Wire, b: Wire) -> Wire:
+        return self._binary(xnn.XNNMultiply, a, self._use(b))
+
+    def add(self, a: Wire, b: Wire) -> Wire:
+        return self._binary(xnn.XNNAdd, a, self._use(b))
+
+    def split_heads(self, x: Wire, heads: int) -> Wire:
+        """[1, T, heads * D] -> [1, T, heads, D]."""
+        one, length, width = x.shape
+        return self._reshape(x, (one, length, heads, width // heads))
+
+    def join_heads(self, x: Wire) -> Wire:
+        """[1, T, heads, D] -> [1, T, heads * D]."""
+        one, length, heads, width = x.shape
+        return self._reshape(x, (one, length, heads * width))
+
+    def rotate(self, x: Wire, *, cos: Wire, sin: Wire) -> Wire:
+        """``x`` [1, T, heads, D] turned by tables [1, T, 1, D] = [cos, cos] and [-sin, sin], as in ``rope.rotate``."""
+        half = x.shape[-1] // 2
+        swapped = self._wire(x.shape)
+        second, first = self._slice_last(x, half, half), self._slice_last(x, 0, half)
+        unused = [XNN_INVALID_VALUE_ID] * 2
+        self._node(
+            xnn.XNNConcatenate2(
+                axis=len(x.shape) - 1,
+                input1_id=second,
+                input2_id=first,
+                input3_id=unused[0],
+                input4_id=unused[1],
+                output_id=self._ids[swapped],
+                flags=0,
+                input5_id=XNN_INVALID_VALUE_ID,
+            )
+        )
+        return self.add(self.multiply(x, cos), self.multiply(swapped, sin))
+
+    def send(self, wire: Wire) -> None:
+        """Make a wire of this segment one of its outputs."""
+        if wire not in self.outputs:
+            self.outputs.append(wire)
+
+    def serialize(self) -> tuple[bytes, NamedDataStoreOutput]:
+        """The delegate's payload, and the constants that it names."""
+        flags = [XNN_VALUE_FLAG_EXTERNAL_INPUT] * len(self.inputs) + [XNN_VALUE_FLAG_EXTERNAL_OUTPUT] * len(
+            self.outputs
+        )
+        for external_id, wire in enumerate([*self.inputs, *self.outputs]):
+            value = self._values[self._ids[wire]].xvalue_union
+            value.external_id, value.flags = external_id, flags[external_id]
+        graph = xnn.XNNGraph(
+            version="0",
+            xnodes=self._nodes,
+            xvalues=self._values,
+            num_externs=len(flags),
+            input_ids=[self._ids[wire] for wire in self.inputs],
+            output_ids=[self._ids[wire] for wire in self.outputs],
+            constant_data=self._constants,
+        )
+        return serialize_xnnpack_binary(graph, bytearray()), self._data.get_named_data_store_output()
+
+    def constant(
+        self,
+        key: str,
+        data: bytes,
+        *,
+        shape: tuple[int, ...],
+        datatype: xnn.XNNDatatype,
+        quantization: xnn.XNNQuantParams | None = None,
+    ) -> int:
+        """The value id of a constant tensor. Raises LoweringError unless ``data`` is as long as ``shape`` wants."""
+        if key not in self._constant_ids:
+            _check_length(key, data, wanted=math.prod(shape) * _BITS[datatype] // 8)
+            self._constant_ids[key] = self._value(
+                shape, datatype=datatype, buffer=self._buffer(key, data), quantization=quantization
+            )
+        return self._constant_ids[key]
+
+    def _codes(self, weight: QuantizedTensor) -> int:
+        codes, scales = weight.name + CODES, weight.name + SCALES
+        if weight.bits == 8:
+            scale_bytes, scale_size = _bytes(weight.scales), 4
+            quantization = xnn.PerChannelQuant(scale=[], channel_dim=0)
+            data, datatype = _bytes(weight.codes), xnn.XNNDatatype.xnn_datatype_qcint8
+        else:
+            scale_bytes, scale_size = _bytes(weight.scales.to(torch.bfloat16)), 2
+            quantization = xnn.PerChannelGroupQuant(scale=[], channel_dim=0, group_size=weight.group_size)
+            data, datatype = _bytes(pack_int4(weight.codes) ^ NIBBLE_OFFSET), xnn.XNNDatatype.xnn_datatype_qbint4
+        if codes not in self._constant_ids:
+            _check_length(scales, scale_bytes, wanted=weight.scales.numel() * scale_size)
+            quantization.scale_buffer_idx = self._buffer(scales, scale_bytes)
+            quantization.num_scales = weight.scales.numel()
+        return self.constant(codes, data, shape=weight.shape, datatype=datatype, quantization=quantization)
+
+    def _floats(self, name: str, weight: Tensor, *, dtype: torch.dtype) -> int:
+        return self.constant(name, _bytes(weight.to(dtype)), shape=tuple(weight.shape), datatype=_FLOATS[dtype])
+
+    def _scalar(self, value: float) -> int:
+        return self._floats(f"scalar {value!r}", torch.tensor([value]), dtype=torch.float32)
+
+    def _buffer(self, key: str, data: bytes) -> int:
+        self._data.add_named_data(key, data, CONSTANT_TENSOR_ALIGNMENT)
+        self._constants.append(xnn.ConstantDataOffset(offset=UINT64_MAX, size=len(data), named_key=key))
+        return len(self._constants) - 1
+
+    def _use(self, wire: Wire) -> int:
+        """The value id of a wire in this segment; one that is made elsewhere becomes an input."""
+        if wire not in self._ids:
+            self._ids[wire] = self._value(wire.shape)
+            self.inputs.append(wire)
+            if wire.source:
+                wire.source.send(wire)
+        return self._ids[wire]
+
+    def _rounded(self, x: Wire) -> int:
+        """``x`` in int8 with a scale and zero point for each token, made once for all linears that take it."""
+        if x not in self._rounded_ids:
+            rounded = self._value(
+                x.shape,
+                datatype=xnn.XNNDatatype.xnn_datatype_qdint8,
+                quantization=xnn.PerTokenDynamicQuant(num_nonbatch_dims=1),
+            )
+            self._node(xnn.XNNConvert(self._use(x), rounded, 0))
+            self._rounded_ids[x] = rounded
+        return self._rounded_ids[x]
+
+    def _unary(self, node: type[xnn.XNNNode1x1], x: Wire) -> Wire:
+        source, result = self._use(x), self._wire(x.shape)
+        self._node(node(source, self._ids[result], 0))
+        return result
+
+    def _binary(self, node: type[xnn.XNNNode2x1], a: Wire, b: int) -> Wire:
+        source, result = self._use(a), self._wire(a.shape)
+        self._node(node(source, b, self._ids[result], 0))
+        return result
+
+    def _reshape(self, x: Wire, shape: tuple[int, ...]) -> Wire:
+        source, result = self._use(x), self._wire(shape)
+        new_shape = [shape[0], _DYNAMIC, *shape[2:]]
+        self._node(xnn.XNNStaticReshape(len(shape), new_shape, source, self._ids[result], 0))
+        return result
+
+    def _slice_last(self, x: Wire, start: int, size: int) -> int:
+        source, result = self._use(x), self._value((*x.shape[:-1], size))
+        offsets, sizes = [0] * len(x.shape), [*x.shape[:-1], size]
+        offsets[-1], sizes[1] = start, _DYNAMIC
+        self._node(xnn.XNNStaticSlice(len(x.shape), offsets, sizes, source, result, 0))
+        return result
+
+    def _wire(self, shape: tuple[int, ...]) -> Wire:
+        wire = Wire(shape, self)
+        self._ids[wire] = self._value(shape)
+        return wire
+
+    def _value(
+        self,
+        shape: Sequence[int],
+        *,
+        datatype: xnn.XNNDatatype = xnn.XNNDatatype.xnn_datatype_fp32,
+        buffer: int = 0,
+        quantization: xnn.XNNQuantParams | None = None,
+    ) -> int:
+        identity = len(self._values)
+        value = xnn.XNNTensorValue(
+            datatype=datatype,
+            num_dims=len(shape),
+            dims=list(shape),
+            constant_buffer_idx=buffer,
+            external_id=XNN_INVALID_VALUE_ID,
+            flags=0,
+            id_out=identity,
+        )
+        union = xnn.XNNQuantizedTensorValue(value, quantization) if quantization else value
+        self._values.append(xnn.XValue(union))
+        return identity
+
+    def _node(self, node: xnn.XNodeUnion) -> None:
+        self._nodes.append(xnn.XNode(node, _NO_DEBUG_HANDLE))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    contiguous = tensor.contiguous()
+    return contiguous.view(torch.uint8).numpy().tobytes() if contiguous.ndim else b""
+
+
+def _check_length(key: str, data: bytes, *, wanted: int) -> None:
+    if len(data) != wanted:
+        raise LoweringError(
+            f"{key} has {len(data)} bytes, its shape wants {wanted}",
+            hint="the weight store may be damaged: remove its folder and run again",
+        )
