@@ -114,10 +114,7 @@ def export(
     store: StoreOption = None,
     eval_text: EvalTextOption = None,
     threads: ThreadsOption = 2,
-    as_json: EvalTextOption = Annotated[
-    Path | None, typer.Option("--eval-text", help="UTF-8 text to measure quality on.", show_default="bundled text")
-]
-JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Export a checkpoint for one or more targets, and prove each artifact against the model."""
     with _reporting() as progress:
@@ -153,10 +150,7 @@ def validate(
     store: StoreOption = None,
     eval_text: EvalTextOption = None,
     threads: ThreadsOption = 2,
-    as_json: EvalTextOption = Annotated[
-    Path | None, typer.Option("--eval-text", help="UTF-8 text to measure quality on.", show_default="bundled text")
-]
-JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Prove a bundle again, from its own goldens alone or against its checkpoint."""
     with _reporting() as progress:
@@ -178,10 +172,7 @@ JsonOption = False,
 def inspect(
     path: Annotated[Path | None, typer.Argument(help="A checkpoint or a bundle. Default: the bundled model.")] = None,
     *,
-    as_json: EvalTextOption = Annotated[
-    Path | None, typer.Option("--eval-text", help="UTF-8 text to measure quality on.", show_default="bundled text")
-]
-JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what a checkpoint or a bundle is; reads headers only."""
     with _reporting():
@@ -195,10 +186,7 @@ JsonOption = False,
 
 
 @app.command(name="targets")
-def list_targets(*, as_json: EvalTextOption = Annotated[
-    Path | None, typer.Option("--eval-text", help="UTF-8 text to measure quality on.", show_default="bundled text")
-]
-JsonOption = False) -> None:
+def list_targets(*, as_json: JsonOption = False) -> None:
     """List the targets, what each writes, and what executes it on this host."""
     with _reporting():
         import targets

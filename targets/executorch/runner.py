@@ -21,8 +21,9 @@ from exporter.errors import CapacityError, ExportError, InputError, LoweringErro
 from exporter.spec import Artifact
 from targets.executorch.border import INSTALL, installed_version
 
-_HARMLESS = re.compile(r"cpuinfo_utils\.cpp|^\s*$|^\s*\^|warn")
-"""Lines of standard error that are never the reason for a failure: cpuinfo counting cores, Python warnings."""
+_NATIVE_LINE = re.compile(r"^\[(?P<source>\w+)\.cpp:\d+\] (?P<message>.+)")
+_HARMLESS_SOURCES = {"cpuinfo_utils", "threadpool"}
+"""Source files of ExecuTorch that report their normal work on standard error."""
 
 _END_TIMEOUT_S = 10
 
@@ -41,6 +42,7 @@ class ProgramRunner:
         self._artifact = artifact
         self._position = 0
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed in close)
+        self._log_read = 0
         self._connection, worker_end = Pipe()
         arguments = [str(artifact.path), str(threads), str(worker_end.fileno())]
         self._process = subprocess.Popen(
@@ -63,11 +65,12 @@ class ProgramRunner:
 
     def feed(self, ids: Sequence[int]) -> Tensor:
         self._check(ids)
+        self._log_read = self._log_size()
         try:
             self._connection.send((list(ids), self._position))
             kind, content = self._connection.recv()
             if kind == "error":
-                reason = self._last_line() or content
+                reason = self._reason() or content
                 raise LoweringError(
                     f"ExecuTorch could not run {self._artifact.path.name} on {len(ids)} tokens "
                     f"at position {self._position}: {reason}",
@@ -125,16 +128,23 @@ class ProgramRunner:
         """The worker is gone: end what is left of it and say why."""
         self._connection.close()
         status = self._process.wait()
-        reason = self._last_line() or f"it ended with status {status} and said nothing"
+        reason = self._reason() or "it said nothing"
         self._log.close()
         raise _error_for(status, verb=verb, reason=reason, path=self._artifact.path) from error
 
-    def _last_line(self) -> str:
-        """The last line that the worker wrote which says anything."""
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").splitlines()
-        telling = [line.strip() for line in lines if not _HARMLESS.search(line)]
-        return telling[-1] if telling else ""
+    def _reason(self) -> str:
+        """What the worker wrote since the last request: the first fault that native code reports (what follows are its
+        consequences), or else the last line."""
+        # The worker writes at the offset that both share, which pread leaves alone.
+        written = os.pread(self._log.fileno(), self._log_size() - self._log_read, self._log_read)
+        lines = [line for line in written.decode(errors="replace").splitlines() if line.strip()]
+        native = [match for match in map(_NATIVE_LINE.match, lines) if match]
+        faults = [match["message"] for match in native if match["source"] not in _HARMLESS_SOURCES]
+        others = [line.strip() for line in lines if not _NATIVE_LINE.match(line)]
+        return (faults[:1] or others[-1:] or [""])[0]
+
+    def _log_size(self) -> int:
+        return os.fstat(self._log.fileno()).st_size
 
 
 def _error_for(status: int, *, verb: str, reason: str, path: Path) -> ExportError:
@@ -145,7 +155,8 @@ def _error_for(status: int, *, verb: str, reason: str, path: Path) -> ExportErro
         )
     if "MissingToolError" in reason or "ImportError" in reason:
         return MissingToolError(f"ExecuTorch's runtime cannot be imported: {reason}", hint=INSTALL)
+    ended = f"{signal.Signals(-status).name}: " if status < 0 else ""
     return LoweringError(
-        f"ExecuTorch could not {verb} {path.name}: {reason}",
+        f"ExecuTorch could not {verb} {path.name}: {ended}{reason}",
         hint="lower the model again; if it stays so, this is a fault of llama-export: please report it",
     )
