@@ -28,7 +28,7 @@ class CoreML:
     backends: ClassVar[tuple[str, ...]] = ("gpu",)
     format: ClassVar[str] = ".mlpackage, an ML Program for iOS 18 and macOS 15"
 
-    def refuse(self, spec: ModelSpec, plan: Plan) -> str | None:  # noqa: ARG002  (every spec will do)
+    def refuse(self, spec: ModelSpec, plan: Plan) -> str | None:
         if plan.context < 2:
             return f"the context is {plan.context}, but Core ML's open lengths need a range: at least 2"
         return None
@@ -76,7 +76,7 @@ class CoreML:
             return f"Core ML, MLModel.predict of coremltools {version}"
         return f"MIL evaluator (reference-evaluated, not run by Core ML), package of coremltools {version}"
 
-    def open(self, artifact: Artifact, *, threads: int) -> AbstractContextManager[Runner]:  # noqa: ARG002
+    def open(self, artifact: Artifact, *, threads: int) -> AbstractContextManager[Runner]:
         """Core ML chooses its own threads; the evaluator is never measured."""
         from targets.coreml.evaluate import Rounding
         from targets.coreml.runner import CoreMLRunner, executes_here, run_with_core_ml, run_with_evaluator
@@ -89,10 +89,10 @@ class CoreML:
         self,
         artifact: Artifact,
         *,
-        graph: Graph,  # noqa: ARG002  (the artifact itself, evaluated without rounding: nothing is lowered again)
-        store: WeightStore,  # noqa: ARG002
-        plan: Plan,  # noqa: ARG002
-        scratch: Path,  # noqa: ARG002
+        graph: Graph,
+        store: WeightStore,
+        plan: Plan,
+        scratch: Path,
     ) -> AbstractContextManager[Runner]:
         from targets.coreml.evaluate import Rounding
         from targets.coreml.runner import CoreMLRunner, run_with_evaluator

@@ -143,9 +143,9 @@ def decompress(*, data: Tensor, scale: Tensor) -> Tensor:
     blocks = [size // count for size, count in zip(data.shape, scale.shape, strict=True)]
     if any(block * count != size for block, count, size in zip(blocks, scale.shape, data.shape, strict=True)):
         raise ValueError(f"scales {list(scale.shape)} do not divide codes {list(data.shape)}")
-    for axis, block in enumerate(blocks):
-        scale = scale.repeat_interleave(block, dim=axis)
-    return (data.float() * scale.float()).half().float()
+    codes = data.float().view([size for pair in zip(scale.shape, blocks, strict=True) for size in pair])
+    scales = scale.float().view([size for count in scale.shape for size in (count, 1)])
+    return codes.mul_(scales).half().float().view(data.shape)
 
 
 def _elementwise(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:

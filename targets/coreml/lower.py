@@ -32,7 +32,6 @@ from targets.coreml.toolchain import (
     mb,
     quiet,
     types,
-    without_constant_merging,
     without_progress_bars,
 )
 
@@ -43,8 +42,8 @@ MilVar = Any
 class _State:
     """A state [L, 1, KV, context, D], float16, and the value it has at the point that the emission has come to.
 
-    Each update builds on the value that the one before it left: an op that read the state anew would be the same op as
-    the first read, and passes of coremltools would merge the two, undoing every update between them.
+    Each update builds on the value that the one before it left. A second ``read_state`` would be the same op as the
+    first, which the default passes of coremltools merge: the update would then undo every one before it.
     """
 
     def __init__(self, state: MilVar) -> None:
@@ -67,7 +66,8 @@ class _Slot:
 def lower(graph: Graph, store: WeightStore, plan: Plan, path: Path, *, compute_dtype: str) -> None:
     """Write the package of ``graph`` at ``path``, a new name ending in ``.mlpackage``. Raises LoweringError."""
     try:
-        with quiet(), without_progress_bars(), without_constant_merging():
+        with quiet(), without_progress_bars():
+            mb.name_count.clear()  # left over from a conversion that failed, it would give the ops other names
             _convert(_program(graph, store, plan, compute_dtype), path, context=plan.context)
     except ExportError:
         raise
@@ -111,8 +111,8 @@ def _convert(program: Any, path: Path, *, context: int) -> None:
         convert_to="mlprogram",
         minimum_deployment_target=ct.target.iOS18,
         compute_precision=ct.precision.FLOAT32,  # "insert no casts": ours stay; FLOAT16 would undo each fp32 op of ours
-        # What is emitted is what is saved: the default passes take out a norm whose weights are all ones, and add three
-        # ops to the embedding against ids that are negative.
+        # What is emitted is what is saved. The default passes merge constants that are equal, or nearly, and so lose
+        # the name of a weight; take out a norm whose weights are all ones; and guard the embedding against negative ids.
         pass_pipeline=ct.PassPipeline.EMPTY,
         skip_model_load=True,
         package_dir=str(path),

@@ -36,7 +36,6 @@ with quiet():
         from coremltools.converters.mil import Builder as mb  # noqa: N813  (its own documentation's name)
         from coremltools.converters.mil.mil import get_new_symbol, types
         from coremltools.converters.mil.mil.passes import pass_pipeline
-        from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
         from coremltools.proto import MIL_pb2, Model_pb2
     except ImportError as error:
         raise MissingToolError(
@@ -52,7 +51,6 @@ __all__ = [
     "mb",
     "quiet",
     "types",
-    "without_constant_merging",
     "without_progress_bars",
 ]
 
@@ -66,19 +64,3 @@ def without_progress_bars() -> Iterator[None]:
         yield
     finally:
         pass_pipeline.tqdm = bar
-
-
-@contextmanager
-def without_constant_merging() -> Iterator[None]:
-    """Keep every constant of a conversion under its own name.
-
-    The pass merges constants that are equal within a tolerance, and so loses the name of a weight that equals another.
-    What is shared on purpose (a tied head) is one constant from the start.
-    """
-    merging = PASS_REGISTRY["common::const_deduplication"]
-    elements = merging.const_threshold
-    merging.const_threshold = 1 << 62  # constants of fewer elements than this are left alone
-    try:
-        yield
-    finally:
-        merging.const_threshold = elements

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
-from exporter.errors import ExportError, LoweringError, MissingToolError
+from exporter.errors import CapacityError, ExportError, LoweringError, MissingToolError
 
 INSTALL = "install it with: pip install executorch==1.4.1"
 
@@ -18,8 +18,8 @@ def toolchain(step: str) -> Iterator[None]:
     """Run foreign code that is to ``step`` ("write the program", ...).
 
     Silent are Python warnings (``torch._check_is_size`` gives one for each op) and log records up to WARNING (torchao
-    names the GPU libraries that it did not find). Raises MissingToolError where a module is missing, LoweringError for
-    anything else that the code raises.
+    names the GPU libraries that it did not find). Raises MissingToolError where a module is missing, CapacityError
+    where memory is, LoweringError for what else the code raises, and lets an OSError pass: it is about a file of ours.
     """
     disabled = logging.root.manager.disable
     logging.disable(max(disabled, logging.WARNING))
@@ -27,8 +27,12 @@ def toolchain(step: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (ExportError, MemoryError):
+    except (ExportError, OSError):
         raise
+    except MemoryError as error:
+        raise CapacityError(
+            f"there is not enough memory to {step}", hint="free memory, or take a smaller precision"
+        ) from error
     except ImportError as error:
         raise MissingToolError(f"ExecuTorch cannot be imported: {error}", hint=INSTALL) from error
     except Exception as error:

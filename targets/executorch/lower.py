@@ -67,11 +67,12 @@ def describe(spec: ModelSpec, *, context: int) -> dict[str, Any]:
         "get_max_context_len": context,
         "get_vocab_size": spec.vocab_size,
         "get_n_layers": spec.num_hidden_layers,
-        "get_eos_ids": list(spec.eos_token_ids),
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,
     }
+    if spec.eos_token_ids:
+        described["get_eos_ids"] = list(spec.eos_token_ids)
     if spec.bos_token_id is not None:
         described["get_bos_id"] = spec.bos_token_id
     return described

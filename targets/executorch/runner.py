@@ -58,6 +58,14 @@ class ProgramRunner:
             self.load_s = self._connection.recv()
         except (EOFError, OSError) as error:
             self._fail("load", error)
+        except BaseException:  # interrupted: nobody will call close
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Of the worker process."""
+        return self._process.pid
 
     @property
     def position(self) -> int:

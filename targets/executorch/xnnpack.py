@@ -19,8 +19,8 @@ How a weight is stored and what XNNPACK computes:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as xnn
@@ -40,9 +40,6 @@ from torch import Tensor
 from exporter.errors import LoweringError
 from exporter.quantized import QuantizedTensor, pack_int4
 from exporter.store import StoredWeight
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 CODES, SCALES = ".codes", ".scales"
 """What follows a weight's name in the named data; a float weight lies under the bare name."""
@@ -135,14 +132,13 @@ class Segment:
         half = x.shape[-1] // 2
         swapped = self._wire(x.shape)
         second, first = self._slice_last(x, half, half), self._slice_last(x, 0, half)
-        unused = [XNN_INVALID_VALUE_ID] * 2
         self._node(
             xnn.XNNConcatenate2(
                 axis=len(x.shape) - 1,
                 input1_id=second,
                 input2_id=first,
-                input3_id=unused[0],
-                input4_id=unused[1],
+                input3_id=XNN_INVALID_VALUE_ID,
+                input4_id=XNN_INVALID_VALUE_ID,
                 output_id=self._ids[swapped],
                 flags=0,
                 input5_id=XNN_INVALID_VALUE_ID,
@@ -157,17 +153,16 @@ class Segment:
 
     def serialize(self) -> tuple[bytes, NamedDataStoreOutput]:
         """The delegate's payload, and the constants that it names."""
-        flags = [XNN_VALUE_FLAG_EXTERNAL_INPUT] * len(self.inputs) + [XNN_VALUE_FLAG_EXTERNAL_OUTPUT] * len(
-            self.outputs
-        )
-        for external_id, wire in enumerate([*self.inputs, *self.outputs]):
+        external = [(wire, XNN_VALUE_FLAG_EXTERNAL_INPUT) for wire in self.inputs]
+        external += [(wire, XNN_VALUE_FLAG_EXTERNAL_OUTPUT) for wire in self.outputs]
+        for external_id, (wire, flag) in enumerate(external):
             value = self._values[self._ids[wire]].xvalue_union
-            value.external_id, value.flags = external_id, flags[external_id]
+            value.external_id, value.flags = external_id, flag
         graph = xnn.XNNGraph(
             version="0",
             xnodes=self._nodes,
             xvalues=self._values,
-            num_externs=len(flags),
+            num_externs=len(external),
             input_ids=[self._ids[wire] for wire in self.inputs],
             output_ids=[self._ids[wire] for wire in self.outputs],
             constant_data=self._constants,
@@ -185,27 +180,31 @@ class Segment:
     ) -> int:
         """The value id of a constant tensor. Raises LoweringError unless ``data`` is as long as ``shape`` wants."""
         if key not in self._constant_ids:
-            _check_length(key, data, wanted=math.prod(shape) * _BITS[datatype] // 8)
+            wanted = math.prod(shape) * _BITS[datatype] // 8
+            if len(data) != wanted:
+                raise LoweringError(
+                    f"{key} has {len(data)} bytes, its shape wants {wanted}",
+                    hint="the weight store may be damaged: remove its folder and run again",
+                )
             self._constant_ids[key] = self._value(
                 shape, datatype=datatype, buffer=self._buffer(key, data), quantization=quantization
             )
         return self._constant_ids[key]
 
     def _codes(self, weight: QuantizedTensor) -> int:
-        codes, scales = weight.name + CODES, weight.name + SCALES
         if weight.bits == 8:
-            scale_bytes, scale_size = _bytes(weight.scales), 4
+            scales = _bytes(weight.scales)
             quantization = xnn.PerChannelQuant(scale=[], channel_dim=0)
             data, datatype = _bytes(weight.codes), xnn.XNNDatatype.xnn_datatype_qcint8
         else:
-            scale_bytes, scale_size = _bytes(weight.scales.to(torch.bfloat16)), 2
+            scales = _bytes(weight.scales.to(torch.bfloat16))
             quantization = xnn.PerChannelGroupQuant(scale=[], channel_dim=0, group_size=weight.group_size)
             data, datatype = _bytes(pack_int4(weight.codes) ^ NIBBLE_OFFSET), xnn.XNNDatatype.xnn_datatype_qbint4
-        if codes not in self._constant_ids:
-            _check_length(scales, scale_bytes, wanted=weight.scales.numel() * scale_size)
-            quantization.scale_buffer_idx = self._buffer(scales, scale_bytes)
-            quantization.num_scales = weight.scales.numel()
-        return self.constant(codes, data, shape=weight.shape, datatype=datatype, quantization=quantization)
+        quantization.num_scales = weight.scales.numel()
+        quantization.scale_buffer_idx = self._buffer(weight.name + SCALES, scales)
+        return self.constant(
+            weight.name + CODES, data, shape=weight.shape, datatype=datatype, quantization=quantization
+        )
 
     def _floats(self, name: str, weight: Tensor, *, dtype: torch.dtype) -> int:
         return self.constant(name, _bytes(weight.to(dtype)), shape=tuple(weight.shape), datatype=_FLOATS[dtype])
@@ -294,13 +293,4 @@ class Segment:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    contiguous = tensor.contiguous()
-    return contiguous.view(torch.uint8).numpy().tobytes() if contiguous.ndim else b""
-
-
-def _check_length(key: str, data: bytes, *, wanted: int) -> None:
-    if len(data) != wanted:
-        raise LoweringError(
-            f"{key} has {len(data)} bytes, its shape wants {wanted}",
-            hint="the weight store may be damaged: remove its folder and run again",
-        )
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()

@@ -190,7 +190,7 @@ class Emitter:
             f"{weight.name}.codes",
             ir.DataType.UINT8,
             (rows, blocks, block * bits // 8),
-            lambda: _unsigned(self._read(weight)).view(rows, blocks, -1),
+            lambda: unsigned_codes(self._read(weight)).view(rows, blocks, -1),
         )
         scales = self._initializer(
             f"{weight.name}.scales",
@@ -281,7 +281,7 @@ def genai_name(prefix: str, cache: str) -> str:
     return f"{prefix}.{layer}.{'key' if kind == 'k' else 'value'}"
 
 
-def _unsigned(tensor: QuantizedTensor) -> Tensor:
+def unsigned_codes(tensor: QuantizedTensor) -> Tensor:
     """MatMulNBits' codes: offset by half the range, int4 packed two to a byte, low nibble first; uint8."""
     if tensor.bits == 4:
         return pack_int4(tensor.codes ^ -8)  # flips the sign bit of the nibble: -8..7 -> 0..15

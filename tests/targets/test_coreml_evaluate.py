@@ -68,8 +68,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         )
     ),
     *(("split", {"x": random(*shape), "num_splits": 2, "axis": axis}) for shape, axis in (((3, 8), -1), ((4, 3), 0))),
-    *(("tile", {"x": random(*shape), "reps": ints(*reps)}) for shape, reps in (((1, 1, 3, 4), (1, 1, 2, 1)), ((2,), (3,)))),
-    *(("transpose", {"x": random(*s), "perm": ints(*p)}) for s, p in (((2, 3, 4), (0, 2, 1)), ((1, 2, 3, 4), (0, 2, 1, 3)))),
+    *(
+        ("tile", {"x": random(*shape), "reps": ints(*reps)})
+        for shape, reps in (((1, 1, 3, 4), (1, 1, 2, 1)), ((2,), (3,)))
+    ),
+    *(
+        ("transpose", {"x": random(*s), "perm": ints(*p)})
+        for s, p in (((2, 3, 4), (0, 2, 1)), ((1, 2, 3, 4), (0, 2, 1, 3)))
+    ),
     *(("reshape", {"x": random(*s), "shape": ints(*to)}) for s, to in (((2, 3, 4), (6, -1)), ((1, 6), (1, 2, 3)))),
     *(("expand_dims", {"x": random(2, 3), "axes": ints(axis)}) for axis in (0, 1, -1)),
     *(("squeeze", {"x": random(*s), "axes": ints(axis)}) for s, axis in (((1, 2, 3), 0), ((2, 1, 3), 1))),
@@ -176,8 +182,12 @@ def test_a_state_of_another_shape_is_not_written() -> None:
         OPS["write_state"](input=State((3,)), data=torch.zeros(2))
 
 
-@pytest.mark.parametrize(("bits", "rows", "columns", "groups"), [(4, 8, 64, 2), (4, 3, 128, 1), (8, 5, 32, 1), (8, 2, 64, 4)])
-def test_codes_are_decompressed_bit_for_bit_as_coremltools_does(bits: int, rows: int, columns: int, groups: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "rows", "columns", "groups"), [(4, 8, 64, 2), (4, 3, 128, 1), (8, 5, 32, 1), (8, 2, 64, 4)]
+)
+def test_codes_are_decompressed_bit_for_bit_as_coremltools_does(
+    bits: int, rows: int, columns: int, groups: int
+) -> None:
     generator = torch.Generator().manual_seed(bits + rows)
     limit = 1 << (bits - 1)
     codes = torch.randint(-limit, limit, (rows, columns), generator=generator).to(torch.int8)
@@ -211,7 +221,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with quiet(), without_progress_bars():
 
         @mb.program(
-            input_specs=[mb.TensorSpec((1, get_new_symbol(), 16), types.fp16), mb.StateTensorSpec((1, 1, 8), types.fp16)],
+            input_specs=[
+                mb.TensorSpec((1, get_new_symbol(), 16), types.fp16),
+                mb.StateTensorSpec((1, 1, 8), types.fp16),
+            ],
             opset_version=ct.target.iOS18,
         )
         def program(x: Any, total: Any) -> Any:
@@ -285,7 +298,7 @@ def test_an_unknown_argument_is_named(saved: Path, tmp_path: Path) -> None:
             operation.inputs["scale"].CopyFrom(operation.inputs["bias"])
 
     evaluate = Evaluator(tampered(saved, tmp_path, add_argument), rounding=Rounding.NONE)
-    with pytest.raises(LoweringError, match="'linear'.*unexpected keyword argument 'scale'"):
+    with pytest.raises(LoweringError, match=r"'linear'.*unexpected keyword argument 'scale'"):
         evaluate({"x": torch.zeros(1, 1, 16)})
 
 
@@ -330,7 +343,7 @@ def test_codes_lie_in_the_file_two_to_a_byte_low_nibble_first(saved: Path) -> No
 
 
 def test_a_weight_file_without_its_record_is_damaged(saved: Path, tmp_path: Path) -> None:
-    path = tampered(saved, tmp_path, lambda operation: None)
+    path = tampered(saved, tmp_path, lambda _: None)
     file = path / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
     file.write_bytes(file.read_bytes().replace(b"\xef\xbe\xad\xde", b"\0\0\0\0"))
     with pytest.raises(InputError, match="there is no record at byte"):
@@ -338,7 +351,7 @@ def test_a_weight_file_without_its_record_is_damaged(saved: Path, tmp_path: Path
 
 
 def test_a_weight_file_cut_off_is_damaged(saved: Path, tmp_path: Path) -> None:
-    path = tampered(saved, tmp_path, lambda operation: None)
+    path = tampered(saved, tmp_path, lambda _: None)
     file = path / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
     file.write_bytes(file.read_bytes()[:130])
     with pytest.raises(InputError, match="damaged"):

@@ -1,0 +1,276 @@
+"""The command line as a person meets it: what it prints, what it refuses and how, and that nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from exporter import pipeline
+from exporter.cli import app
+from exporter.errors import ExportError, gravest
+from tests.conftest import Toy
+
+RUNNER = CliRunner()
+
+
+def run(*words: object) -> Result:
+    return RUNNER.invoke(app, [str(word) for word in words])
+
+
+def assert_refused(result: Result, *, code: int, says: str) -> None:
+    """One sentence and a hint on stderr, the exit code, no traceback, nothing on stdout."""
+    assert result.exit_code == code, result.output
+    assert says in result.stderr
+    assert "hint: " in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+@pytest.fixture
+def complete_toy(make_toy: Callable[..., Toy], sample: Path) -> Toy:
+    """A random checkpoint with the sample's vocabulary and tokenizer."""
+    toy = make_toy(vocab_size=2048, max_position_embeddings=128)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(sample / name, toy.folder / name)
+    return toy
+
+
+def test_an_unknown_target_names_the_known_ones() -> None:
+    assert_refused(run("--target", "tflite"), code=2, says="unknown target 'tflite'; known: executorch, onnxruntime, coreml")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--precision", "int3"], "--precision int3 is unknown; known: fp32, fp16, int8, int4"),
+        (["--head", "int2"], "--head int2 is unknown; known: int8, int4"),
+        (["--precision", "fp16", "--head", "int8"], "--head int8 goes with int8 and int4"),
+        (["--group-size", "48"], "--group-size 48 is unknown; known: 32, 64, 128"),
+        (["--logits", "some"], "--logits some is unknown; known: last, all"),
+        (["--context", "4096"], "--context 4096 is more than the 512 positions of this model"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_with_those_that_can(words: list[str], says: str, tmp_path: Path) -> None:
+    assert_refused(run("--target", "onnxruntime", "-o", tmp_path / "out", *words), code=2, says=says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_group_size_that_does_not_divide_names_those_that_do(complete_toy: Toy, tmp_path: Path) -> None:
+    result = run(complete_toy.folder, "-t", "onnxruntime", "--group-size", 128, "-o", tmp_path / "out")
+    assert_refused(result, code=2, says="--group-size 128 does not divide the 64 columns")
+    assert "take --group-size 32" in result.stderr  # 64 and 96 columns
+
+
+def test_a_missing_option_and_a_missing_checkpoint_are_told(tmp_path: Path) -> None:
+    assert run(tmp_path).exit_code == 2
+    assert_refused(run(tmp_path / "absent", "-t", "coreml"), code=3, says="absent")
+
+
+def test_a_truncated_checkpoint_is_refused_and_left_as_it_was(complete_toy: Toy, tmp_path: Path) -> None:
+    file = complete_toy.folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    before = {path.name: path.read_bytes() for path in complete_toy.folder.iterdir()}
+    result = run(complete_toy.folder, "-t", "all", "-o", tmp_path / "out", "--store", tmp_path / "store")
+    assert_refused(result, code=3, says="not a whole safetensors file")
+    assert {path.name: path.read_bytes() for path in complete_toy.folder.iterdir()} == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(make_toy: Callable[..., Toy], tmp_path: Path) -> None:
+    result = run(make_toy().folder, "-t", "onnxruntime", "-o", tmp_path / "out")
+    assert_refused(result, code=3, says="has no tokenizer.json")
+
+
+def test_a_tokenizer_of_another_model_is_refused(complete_toy: Toy, make_toy: Callable[..., Toy], tmp_path: Path) -> None:
+    small = make_toy(vocab_size=96)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(complete_toy.folder / name, small.folder / name)
+    result = run(small.folder, "-t", "onnxruntime", "-o", tmp_path / "out")
+    assert_refused(result, code=3, says="the model's vocabulary ends at 95")
+
+
+def test_an_output_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "onnxruntime").mkdir(parents=True)
+    (out / "onnxruntime" / "thesis.txt").write_text("ten years of work")
+    assert_refused(run("-t", "onnxruntime", "-o", out), code=3, says="holds onnxruntime, which is no bundle")
+    (out / "notes.txt").write_text("x")
+    assert_refused(run("-t", "coreml", "-o", out), code=3, says="holds notes.txt")
+    assert (out / "onnxruntime" / "thesis.txt").read_text() == "ten years of work"
+    assert_refused(run("-t", "coreml", "-o", out / "notes.txt"), code=3, says="is a file, a folder was expected")
+
+
+@pytest.mark.parametrize("content", [b"", b"too short", b"\xff\xfe\xfa" * 1000])
+def test_an_evaluation_text_that_is_none_is_refused(content: bytes, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    result = run("-t", "onnxruntime", "--eval-text", text, "-o", tmp_path / "out")
+    assert_refused(result, code=3, says="evaluation text")
+
+
+def test_too_little_disk_is_refused_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    result = run("-t", "onnxruntime", "-o", tmp_path / "out", "--store", tmp_path / "store")
+    assert_refused(result, code=5, says="MB are needed")
+
+
+def test_a_disk_that_runs_full_on_the_way_leaves_nothing(
+    complete_toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "model.onnx.data")
+
+    monkeypatch.setattr(pipeline, "copy_tokenizer", full)
+    out = tmp_path / "out"
+    result = run(complete_toy.folder, "-t", "onnxruntime", "-o", out, "--store", tmp_path / "store")
+    assert_refused(result, code=5, says="the disk is full while writing model.onnx.data")
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small file system needs root")
+def test_a_real_full_disk_is_one_sentence_at_every_stage(complete_toy: Toy, tmp_path: Path) -> None:
+    """A file system of few kB fills up while the store is written, a larger one while the artifact is."""
+    for size, place in (("24k", "--store"), ("96k", "--out")):
+        disk = tmp_path / f"disk-{size}"
+        disk.mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True, check=False)
+        if mounted.returncode:
+            pytest.skip("this host does not let a test mount a file system")
+        try:
+            code = (
+                "import shutil, sys, collections\n"
+                "usage = collections.namedtuple('usage', 'total used free')\n"
+                "shutil.disk_usage = lambda _: usage(1 << 40, 0, 1 << 40)  # so that the check beforehand lets it pass\n"
+                "from exporter.cli import main; main()"
+            )
+            places = {"--store": tmp_path / "store", "--out": tmp_path / "out"} | {place: disk / "x"}
+            words = [str(word) for pair in places.items() for word in pair]
+            command = [sys.executable, "-c", code, str(complete_toy.folder), "-t", "onnxruntime", *words]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 5, done.stderr
+            assert "Traceback" not in done.stderr
+            assert "the disk is full" in done.stderr
+            left = [path for path in disk.rglob("*") if path.is_file()]
+            assert all(path.suffix == ".safetensors" and not path.name.startswith(".") for path in left)
+        finally:
+            subprocess.run(["umount", disk], check=True)
+
+
+def export_process(*words: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from exporter.cli import main; main()", *map(str, words)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stage", ["store", "out"])
+def test_an_interrupt_leaves_nothing_half_written(sent: signal.Signals, stage: str, tmp_path: Path) -> None:
+    """Sent when the first file of the store, or the folder of the artifact in progress, is seen."""
+    out, store = tmp_path / "out", tmp_path / "store"
+    process = export_process("-t", "onnxruntime", "-o", out, "--store", store)
+    seen = store if stage == "store" else out
+    deadline = time.monotonic() + 120
+    while not (seen.exists() and any(seen.iterdir())) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(sent)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert not out.exists() or list(out.iterdir()) == []
+    assert [path for path in store.rglob(".*")] == []
+
+
+@pytest.mark.toolchain
+def test_a_toy_goes_through_with_json_on_stdout_alone(complete_toy: Toy, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = (complete_toy.folder, "-t", "onnxruntime", "-p", "fp32", "-o", out, "--store", tmp_path / "store", "--json")
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    (outcome,) = json.loads(result.stdout)
+    manifest = outcome["manifest"]
+    assert manifest == json.loads((out / "onnxruntime" / "manifest.json").read_text())
+    assert {manifest[kind]["verdict"] for kind in ("codes", "parity", "quality", "latency")} == {"passed"}
+    assert run(*words).exit_code == 0  # our own bundle may be replaced
+
+
+@pytest.mark.toolchain
+def test_when_one_target_fails_the_others_are_finished_and_what_it_left_is_kept(
+    complete_toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import targets
+    from exporter.errors import LoweringError
+
+    broken = targets.load("executorch")
+
+    def fail(*arguments: Any) -> None:
+        (arguments[-1] / "model.pte").write_bytes(b"half")
+        raise LoweringError("the toolchain said no", hint="ask again")
+
+    monkeypatch.setattr(type(broken), "lower", lambda self, *arguments: fail(*arguments))
+    out = tmp_path / "out"
+    words = (complete_toy.folder, "-t", "executorch,onnxruntime", "-p", "fp32", "-o", out, "--store", tmp_path / "store")
+    result = run(*words)
+    assert result.exit_code == 6
+    assert "executorch: the toolchain said no" in result.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["executorch.failed", "onnxruntime"]
+    assert (out / "executorch.failed" / "model.pte").read_bytes() == b"half"
+    assert json.loads((out / "executorch.failed" / "failure.json").read_text())["exit_code"] == 6
+
+
+def test_the_gravest_outcome_is_the_earliest_stage_that_failed() -> None:
+    assert gravest([0, 8, 7]) == 7
+    assert gravest([0, 6, 7]) == 6
+    assert gravest([0, 0]) == 0
+
+
+def test_every_error_class_has_its_own_documented_exit_code() -> None:
+    import exporter.errors as errors
+
+    tree = errors.__doc__ or ""
+    classes = [item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, ExportError)]
+    for error in classes:
+        if error is not ExportError:
+            assert f"{error.__name__} " in tree
+            line = next(line for line in tree.splitlines() if error.__name__ in line)
+            assert str(error.exit_code) in line
+
+
+def test_inspect_tells_a_checkpoint_by_its_headers(complete_toy: Toy) -> None:
+    result = run("inspect", complete_toy.folder, "--json")
+    facts = json.loads(result.stdout)
+    assert facts["parameters"] == sum(parameter.numel() for parameter in complete_toy.model.parameters())
+    assert facts["rope"]["kind"] == "default"
+    assert "head_dim" in run("inspect", complete_toy.folder).stdout
+
+
+@pytest.mark.toolchain
+def test_targets_lists_each_with_what_executes_it() -> None:
+    facts = json.loads(run("targets", "--json").stdout)
+    assert [row["target"] for row in facts] == ["executorch", "onnxruntime", "coreml"]
+    assert all(row["usable"] and row["executed_here_by"] for row in facts)
+
+
+def test_help_and_version_answer() -> None:
+    assert run("--help").exit_code == 0
+    assert run("--version").stdout.startswith("llama-export ")
+    assert "--precision" in run("export", "--help").stdout
+
+
+def test_optimum_reaches_the_same_command() -> None:
+    command = [str(Path(sys.executable).with_name("optimum-cli")), "export", "llama-edge", "--target", "tflite"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "unknown target 'tflite'" in done.stderr

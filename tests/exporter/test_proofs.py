@@ -1,0 +1,185 @@
+"""What the verdicts are made of: metrics against closed forms, gates that hold and gates that break."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibration.rtn import round_to_nearest
+from exporter.codes import check_codes, digest
+from exporter.metrics import bootstrap_interval, kl_divergence, negative_log_likelihood, perplexity, top1_agreement
+from exporter.model.reference import round_activations
+from exporter.parity import Drive, GoldenLogits, drive_for, gate
+from exporter.quality import evaluation_windows
+from exporter.quantized import QuantizedTensor
+from exporter.spec import Activations, Arithmetic, Precision, Verdict, WeightScheme, activation_block
+
+SCHEME = WeightScheme(body=Precision.INT4, embedding=Precision.INT8, head=Precision.INT8, group_size=32)
+
+
+def logits(seed: int, *, rows: int = 5, columns: int = 200) -> torch.Tensor:
+    return 3 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def test_kl_of_two_coins_is_the_textbook_value() -> None:
+    fair, biased = torch.log(torch.tensor([[0.5, 0.5]])), torch.log(torch.tensor([[0.9, 0.1]]))
+    expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    assert kl_divergence(fair, biased).item() == pytest.approx(expected, rel=1e-6)
+
+
+@given(st.integers(0, 1000), st.floats(-50, 50))
+def test_kl_ignores_a_shift_of_all_logits_and_is_never_negative(seed: int, shift: float) -> None:
+    a, b = logits(seed), logits(seed + 1)
+    assert torch.allclose(kl_divergence(a, b), kl_divergence(a, b + shift), atol=1e-4)
+    assert (kl_divergence(a, a + shift) < 1e-9).all()
+    assert (kl_divergence(a, b) >= 0).all()
+
+
+def test_perplexity_of_a_uniform_guess_is_the_vocabulary() -> None:
+    nll = negative_log_likelihood(torch.zeros(7, 50), torch.arange(7))
+    assert perplexity(nll) == pytest.approx(50)
+
+
+def test_top1_counts_positions() -> None:
+    a = torch.eye(4)
+    b = a.clone()
+    b[0] = torch.tensor([0.0, 2.0, 0.0, 0.0])
+    assert top1_agreement(a, b) == 0.75
+
+
+def test_the_bootstrap_interval_holds_the_mean_and_narrows_with_more_values() -> None:
+    values = torch.randn(4000, generator=torch.Generator().manual_seed(0)).double()
+    low, high = bootstrap_interval(values)
+    assert low < values.mean() < high
+    few_low, few_high = bootstrap_interval(values[:100])
+    assert high - low < few_high - few_low
+    assert high - low == pytest.approx(2 * 1.96 / math.sqrt(4000), rel=0.1)  # of a mean of N(0, 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.0, 2.0))
+def test_golden_kl_is_at_most_the_whole_kl(seed: int, noise: float) -> None:
+    """Grouping outcomes cannot raise a divergence (the data processing inequality)."""
+    expected = logits(seed)
+    got = expected + noise * logits(seed + 7)
+    golden = GoldenLogits.of(expected).figures(got)
+    assert golden["mean_kl_nats"] <= kl_divergence(expected, got).mean().item() + 1e-6
+    if noise > 0.1:
+        assert golden["mean_kl_nats"] > 0
+
+
+def test_goldens_see_a_difference_in_the_tail_through_the_bin_of_the_rest() -> None:
+    expected = logits(0)
+    got = expected.clone()
+    got.scatter_add_(1, expected.argsort(dim=1)[:, :100], torch.full((5, 100), 4.0))
+    assert GoldenLogits.of(expected).figures(got)["mean_kl_nats"] > 0.01
+
+
+def test_gates_follow_the_floor_unless_the_target_computes_in_fp16() -> None:
+    def arithmetic(compute: str) -> Arithmetic:
+        return Arithmetic(activations=Activations.FLOAT, compute_dtype=compute, kv_dtype="fp32")
+
+    assert gate(arithmetic("fp32"), floor_kl_nats=2e-6).mean_kl_nats == pytest.approx(2e-5)
+    assert gate(arithmetic("fp16"), floor_kl_nats=2e-6).mean_kl_nats == 1e-4
+    assert gate(arithmetic("fp16"), floor_kl_nats=2e-6).top1_agreement == 0.995
+
+
+@pytest.mark.parametrize("context", [16, 64, 128, 300, 2048])
+def test_a_drive_fits_its_context_and_prefills_twice_and_decodes(context: int) -> None:
+    steps = drive_for(list(range(5000)), context=context)
+    first, second = steps.prefills
+    assert len(steps.ids) == min(context, 305)
+    assert len(steps.positions) == len(steps.ids) - first - second + 2
+    assert steps.positions[-1] == len(steps.ids) - 1
+    assert first + second < len(steps.ids)
+
+
+def test_goldens_of_a_usual_context_hold_at_least_64_positions() -> None:
+    assert len(drive_for(list(range(5000)), context=512).positions) >= 64
+    assert isinstance(drive_for([1, 2, 3, 4], context=4), Drive)
+
+
+def test_evaluation_windows_begin_with_the_begin_token_once() -> None:
+    windows = evaluation_windows([1, *range(10, 1000)], bos=1, context=64)
+    assert all(window[0] == 1 and window.count(1) == 1 and len(window) == 64 for window in windows)
+    assert len({token for window in windows for token in window[1:]}) == 63 * len(windows)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([1e-6, 1.0, 1e4]))
+def test_rounded_activations_are_within_half_a_step(seed: int, spread: float) -> None:
+    x = spread * logits(seed, columns=256)
+    per_token = round_activations(x, Activations.INT8_PER_TOKEN, group_size=32)
+    span = x.amax(dim=1).clamp(min=0) - x.amin(dim=1).clamp(max=0)
+    assert ((x - per_token).abs().amax(dim=1) <= span / 255 * 1.001).all()
+    per_block = round_activations(x, Activations.INT8_PER_BLOCK, group_size=32)
+    steps = x.view(5, 8, 32).abs().amax(dim=2) / 127
+    assert ((x - per_block).abs().view(5, 8, 32).amax(dim=2) <= steps * 0.501).all()
+    assert round_activations(x, Activations.FLOAT, group_size=32) is x
+
+
+def test_rounding_activations_of_zeros_gives_zeros() -> None:
+    for scheme in Activations:
+        assert not round_activations(torch.zeros(2, 64), scheme, group_size=32).any()
+
+
+@pytest.mark.parametrize(
+    ("columns", "group_size", "block"), [(256, 32, 32), (256, 256, 128), (704, 704, 64), (96, 96, 32), (48, 48, 16)]
+)
+def test_activation_blocks_follow_the_groups_or_divide_the_row(columns: int, group_size: int, block: int) -> None:
+    assert activation_block(columns=columns, group_size=group_size) == block
+
+
+def quantized(name: str = "model.layers.0.mlp.up_proj.weight", **changes: Any) -> QuantizedTensor:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    tensor = round_to_nearest(weight, name=name, bits=4, group_size=32)
+    return QuantizedTensor(
+        **{**{"name": name, "bits": 4, "group_size": 32, "codes": tensor.codes, "scales": tensor.scales}, **changes}
+    )
+
+
+def test_codes_pass_when_equal_and_name_what_differs() -> None:
+    tensor = quantized()
+    expected = {tensor.name: digest(tensor)}
+    assert check_codes([(tensor.name, tensor)], expected=expected, scheme=SCHEME).verdict is Verdict.PASSED
+
+    one_code = tensor.codes.clone()
+    one_code[3, 5] ^= 1
+    one_scale = tensor.scales.clone()
+    one_scale[7, 1] = torch.nextafter(one_scale[7, 1], torch.tensor(10.0))
+    for changes in ({"codes": one_code}, {"scales": one_scale}):
+        report = check_codes([(tensor.name, quantized(**changes))], expected=expected, scheme=SCHEME)
+        assert report.verdict is Verdict.FAILED
+        assert tensor.name in report.reason
+
+
+def test_codes_fail_for_a_missing_an_unknown_and_an_unquantized_weight() -> None:
+    tensor = quantized()
+    expected = {tensor.name: digest(tensor)}
+    missing = check_codes([], expected=expected, scheme=SCHEME)
+    unknown = check_codes([(tensor.name, tensor), ("extra", tensor)], expected=expected, scheme=SCHEME)
+    dense = check_codes([(tensor.name, tensor.dequantize())], expected=expected, scheme=SCHEME)
+    assert [report.verdict for report in (missing, unknown, dense)] == [Verdict.FAILED] * 3
+    assert "is missing" in missing.reason
+    assert "extra is not a weight" in unknown.reason
+    assert "float32" in dense.reason
+
+
+def test_a_scale_repeated_for_finer_blocks_is_the_same_and_one_of_them_changed_is_not() -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
+    name = "model.embed_tokens.weight"
+    tensor = round_to_nearest(weight, name=name, bits=8, group_size=64)
+    expected = {name: digest(tensor)}
+    finer = tensor.scales.repeat(1, 4)
+    fields = {"name": name, "bits": 8, "group_size": 16, "codes": tensor.codes}
+    same = QuantizedTensor(**fields, scales=finer)
+    assert check_codes([(name, same)], expected=expected, scheme=SCHEME).verdict is Verdict.PASSED
+    finer = finer.clone()
+    finer[2, 3] *= 2
+    changed = QuantizedTensor(**fields, scales=finer)
+    assert check_codes([(name, changed)], expected=expected, scheme=SCHEME).verdict is Verdict.FAILED

@@ -1,0 +1,339 @@
+"""The same promises, kept by every target: proven on the trained sample, and broken on purpose to see each proof fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import targets
+from calibration.layers import quantize
+from calibration.rtn import encode, to_scale_grid
+from exporter.bundle import MANIFEST, Goldens, file_entries, open_bundle, read_artifact, write_json
+from exporter.checkpoint import open_checkpoint
+from exporter.cli import app
+from exporter.errors import InputError
+from exporter.model.graph import Constant, Graph
+from exporter.model.reference import Reference
+from exporter.model.trace import trace
+from exporter.quantized import QuantizedTensor
+from exporter.spec import Artifact, Plan, Precision, WeightScheme
+from exporter.store import StoredWeight, WeightStore
+
+pytestmark = pytest.mark.toolchain
+RUNNER = CliRunner()
+CONTEXT = 320
+VICTIM = "model.layers.1.self_attn.k_proj.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """One bundle of the sample, with what it was made from."""
+
+    target: str
+    folder: Path
+    graph: Graph
+    store: WeightStore
+    plan: Plan
+
+    def copy(self, folder: Path) -> Path:
+        shutil.copytree(self.folder, folder)
+        return folder
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> tuple[Path, Graph, WeightStore]:
+    folder = tmp_path_factory.mktemp("contract")
+    checkpoint = open_checkpoint(sample)
+    scheme = WeightScheme(body=Precision.INT4, embedding=Precision.INT8, head=Precision.INT8, group_size=32)
+    store, _ = quantize(checkpoint, scheme, root=folder / "store")
+    return folder, trace(checkpoint.spec), store
+
+
+@pytest.fixture(scope="module", params=targets.NAMES)
+def bundle(request: pytest.FixtureRequest, workshop: tuple[Path, Graph, WeightStore], sample: Path) -> Iterator[Bundle]:
+    folder, graph, store = workshop
+    name = request.param
+    words = ["-t", name, "-c", str(CONTEXT), "-o", str(folder / "out"), "--store", str(folder / "store"), "--json"]
+    result = RUNNER.invoke(app, words)
+    assert result.exit_code == 0, result.output
+    plan = Plan(
+        checkpoint=sample,
+        targets=(name,),
+        scheme=store.scheme,
+        context=CONTEXT,
+        out=folder / "out",
+        store=folder / "store",
+        evaluation_text=sample / "evaluation.txt",
+        threads=1,
+    )
+    yield Bundle(target=name, folder=folder / "out" / name, graph=graph, store=store, plan=plan)
+
+
+def validate(folder: Path, bundle: Bundle, *, against: bool) -> tuple[int, dict[str, Any]]:
+    """Exit code and manifest (or nothing, where it was refused)."""
+    words = ["validate", str(folder), "--store", str(bundle.plan.store), "--json"]
+    result = RUNNER.invoke(app, [*words, "--against", str(bundle.plan.checkpoint)] if against else words)
+    return result.exit_code, json.loads(result.stdout)[0]["manifest"] if result.stdout else {}
+
+
+def account_for(folder: Path) -> None:
+    """Recompute the checksums, as somebody who meant to tamper would."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"] = file_entries(folder)
+    write_json(folder / MANIFEST, manifest)
+
+
+def lower_again(bundle: Bundle, folder: Path, *, graph: Graph | None = None, store: Any = None) -> Path:
+    """A copy of the bundle whose artifact was lowered from another graph or store, with true checksums."""
+    bundle.copy(folder)
+    target = targets.load(bundle.target)
+    path = target.find(folder)
+    if path.is_dir():
+        shutil.rmtree(path)
+    target.lower(graph or bundle.graph, store or bundle.store, bundle.plan, folder)
+    account_for(folder)
+    return folder
+
+
+class OneWeightChanged:
+    """A store in which one tensor went through ``change``."""
+
+    def __init__(self, store: WeightStore, change: Callable[[QuantizedTensor], QuantizedTensor]) -> None:
+        self._store, self._change = store, change
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def __getitem__(self, name: str) -> StoredWeight:
+        stored = self._store[name]
+        if name != VICTIM:
+            return stored
+        assert isinstance(stored, QuantizedTensor)
+        return self._change(stored)
+
+
+def one_scale_up(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The next bf16 value for a single scale: 0.4 to 0.8 %."""
+    scales = tensor.scales.clone()
+    bits = scales.bfloat16().view(torch.int16)
+    bits[5, 1] += 1
+    return dataclasses.replace(tensor, scales=bits.view(torch.bfloat16).float())
+
+
+def rounded_anew(tensor: QuantizedTensor) -> QuantizedTensor:
+    """What another quantizer would have made of the same weight: plain absmax scales."""
+    groups = tensor.dequantize().view(-1, tensor.group_size)
+    scales = to_scale_grid(groups.abs().amax(dim=1, keepdim=True) / 7)
+    codes = encode(groups, scales, bits=4).view(tensor.shape)
+    assert not torch.equal(codes, tensor.codes)
+    return dataclasses.replace(tensor, codes=codes, scales=scales.view_as(tensor.scales))
+
+
+def test_the_untouched_bundle_is_proven_twice(bundle: Bundle) -> None:
+    code, manifest = validate(bundle.folder, bundle, against=False)
+    assert code == 0
+    assert (manifest["codes"]["verdict"], manifest["parity"]["verdict"]) == ("passed", "passed")
+    assert manifest["quality"]["verdict"] == "not measured"
+    code, manifest = validate(bundle.folder, bundle, against=True)
+    assert code == 0
+    assert {manifest[kind]["verdict"] for kind in ("codes", "parity", "quality")} == {"passed"}
+
+
+def test_the_manifest_tells_what_the_artifact_is(bundle: Bundle) -> None:
+    manifest = json.loads((bundle.folder / MANIFEST).read_text())
+    assert manifest["schema"] == "llama-export/bundle/1"
+    assert manifest["precision"] == "int4"
+    scheme = {"weights", "group_size", "embedding", "head", "activations", "compute_dtype", "kv_dtype"}
+    assert scheme <= manifest["scheme"].keys()
+    assert (manifest["context"], manifest["target"]) == (CONTEXT, bundle.target)
+    assert {"backend", "calibration", "files", "model", "source", "tools"} <= manifest.keys()
+    assert {entry["path"] for entry in manifest["files"]} >= {"tokenizer.json", "goldens.json", "chat_template.jinja"}
+    wanted = {
+        "codes": {"verdict", "tensors"},
+        "parity": {
+            *("verdict", "runtime", "positions", "structure_max_abs_logit_diff", "mean_kl_nats", "floor_kl_nats"),
+            *("top1_agreement", "max_abs_logit_diff"),
+        },
+        "quality": {"verdict", "mean_kl_nats", "p99_kl_nats", "top1_agreement", "perplexity", "reference_perplexity"},
+        "latency": {
+            *("verdict", "load_s", "time_to_first_token_ms", "prefill_tokens_per_s", "decode_tokens_per_s"),
+            *("threads", "runs", "host"),
+        },
+    }
+    for kind, keys in wanted.items():
+        assert keys <= manifest[kind].keys()
+    assert manifest["codes"]["tensors"] == len(bundle.graph.spec.weights())
+    assert manifest["parity"]["positions"] >= 64
+    measured = manifest["latency"]["verdict"]
+    assert measured == ("not measured" if targets.load(bundle.target).latency_unmeasurable() else "passed")
+
+
+def test_greedy_goldens_are_what_the_artifact_says(bundle: Bundle) -> None:
+    """The chat prompt is answered token by token as the reference answered it, until a stop token or 32 tokens."""
+    manifest = open_bundle(bundle.folder)
+    target = targets.load(bundle.target)
+    artifact = read_artifact(manifest, path=target.find(bundle.folder))
+    prompts = Goldens.read(bundle.folder).prompts
+    with target.open(artifact, threads=1) as runner:
+        for prompt in prompts:
+            runner.rewind(0)
+            token = int(runner.feed(prompt["ids"])[-1].argmax())
+            answer = [token]
+            while token not in artifact.spec.eos_token_ids and len(answer) < len(prompt["greedy_ids"]):
+                token = int(runner.feed([token])[-1].argmax())
+                answer.append(token)
+            assert answer == list(prompt["greedy_ids"])
+    assert len(prompts) == 3
+
+
+@pytest.mark.parametrize("change", [one_scale_up, rounded_anew])
+@pytest.mark.parametrize("against", [False, True])
+def test_weights_that_are_not_the_stores_fail_codes(
+    bundle: Bundle, change: Callable[[QuantizedTensor], QuantizedTensor], against: bool, tmp_path: Path
+) -> None:
+    tampered = lower_again(bundle, tmp_path / "bundle", store=OneWeightChanged(bundle.store, change))
+    code, manifest = validate(tampered, bundle, against=against)
+    assert code == 7
+    assert manifest["codes"]["verdict"] == "failed"
+    assert manifest["codes"]["wrong"] == [VICTIM]
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_swapped_rope_halves_fail_parity(bundle: Bundle, against: bool, tmp_path: Path) -> None:
+    """Turning by minus the angle is what exchanging the halves of each pair does."""
+
+    def turned(argument: Any) -> Any:
+        return Constant(argument.name, -argument.value) if isinstance(argument, Constant) else argument
+
+    nodes = tuple(
+        dataclasses.replace(node, arguments=tuple(map(turned, node.arguments))) for node in bundle.graph.nodes
+    )
+    tampered = lower_again(bundle, tmp_path / "bundle", graph=dataclasses.replace(bundle.graph, nodes=nodes))
+    code, manifest = validate(tampered, bundle, against=against)
+    assert code == 7
+    assert (manifest["codes"]["verdict"], manifest["parity"]["verdict"]) == ("passed", "failed")
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_a_dropped_cache_write_fails_parity(bundle: Bundle, against: bool, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if bundle.target == "onnxruntime":
+            tampered = bundle.copy(tmp_path / "bundle")
+            drop_write_onnx(tampered / "model.onnx")
+            account_for(tampered)
+        else:
+            DROPS[bundle.target](patch)
+            tampered = lower_again(bundle, tmp_path / "bundle")
+    code, manifest = validate(tampered, bundle, against=against)
+    assert code == 7
+    assert (manifest["codes"]["verdict"], manifest["parity"]["verdict"]) == ("passed", "failed")
+
+
+def drop_write_onnx(path: Path) -> None:
+    """Layer 1 gives back the key cache it was given, and writes its own into a buffer that nobody reads."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    attention = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"][1]
+    attention.output[1] = "lost"
+    model.graph.node.append(onnx.helper.make_node("Identity", ["past_key_values.1.key"], ["present.1.key"]))
+    onnx.save(model, path)
+
+
+def drop_write_executorch(patch: pytest.MonkeyPatch) -> None:
+    from targets.executorch import outer
+
+    def forward(self: Any, q: Any, k: Any, v: Any, start: Any) -> Any:
+        keys, values = self.get_buffer("keys"), self.get_buffer("values")
+        torch.ops.llama.update_cache(v, values, start)  # and none for the keys
+        return torch.ops.llama.custom_sdpa(q, keys, values, start, None, 0.0, True, self.scale)
+
+    patch.setattr(outer.Attention, "forward", forward)
+
+
+def drop_write_coreml(patch: pytest.MonkeyPatch) -> None:
+    from targets.coreml import lower
+
+    original = lower._State.update
+    calls = 0
+
+    def update(self: Any, new: Any, *, begin: Any, end: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls != 3:  # the keys of layer 1
+            original(self, new, begin=begin, end=end)
+
+    patch.setattr(lower._State, "update", update)
+
+
+DROPS = {"executorch": drop_write_executorch, "coreml": drop_write_coreml}
+
+
+def test_a_flipped_byte_is_refused_by_its_checksum(bundle: Bundle, tmp_path: Path) -> None:
+    tampered = bundle.copy(tmp_path / "bundle")
+    largest = max((path for path in tampered.rglob("model*/**/*") if path.is_file()), default=None)
+    file = largest or max(tampered.glob("model.*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert validate(tampered, bundle, against=False)[0] == 3
+    assert validate(tampered, bundle, against=True)[0] == 3
+
+
+def test_a_missing_and_a_stray_file_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    tampered = bundle.copy(tmp_path / "bundle")
+    (tampered / "stray.bin").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"holds stray.bin, which its manifest does not list"):
+        open_bundle(tampered)
+    (tampered / "stray.bin").unlink()
+    (tampered / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"lacks tokenizer.json"):
+        open_bundle(tampered)
+
+
+def test_another_checkpoint_is_not_what_it_was_made_from(bundle: Bundle, sample: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(sample, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-6}))
+    result = RUNNER.invoke(app, ["validate", str(bundle.folder), "--against", str(other)])
+    assert result.exit_code == 3
+    assert "was made from a checkpoint with sha256" in result.stderr
+
+
+def test_the_same_export_twice_has_byte_identical_weights(bundle: Bundle, tmp_path: Path) -> None:
+    again = lower_again(bundle, tmp_path / "bundle")
+    before, after = (
+        {entry["path"]: entry["sha256"] for entry in file_entries(folder)} for folder in (bundle.folder, again)
+    )
+    assert before == after
+
+
+def test_feeding_up_to_the_last_position_rewinding_and_beyond(bundle: Bundle) -> None:
+    manifest = open_bundle(bundle.folder)
+    target = targets.load(bundle.target)
+    artifact: Artifact = read_artifact(manifest, path=target.find(bundle.folder))
+    ids = torch.randint(2000, (CONTEXT,), generator=torch.Generator().manual_seed(0)).tolist()
+    expected = Reference(bundle.graph, bundle.store, artifact.arithmetic).feed(ids)
+    with target.open(artifact, threads=1) as runner:
+        whole = runner.feed(ids)[-1]
+        assert (whole - expected[-1]).abs().max() < 0.2
+        with pytest.raises(InputError, match=f"1 tokens at position {CONTEXT} do not fit a context of {CONTEXT}"):
+            runner.feed([1])
+        runner.rewind(CONTEXT - 7)
+        assert runner.position == CONTEXT - 7
+        assert (runner.feed(ids[-7:])[-1] - expected[-1]).abs().max() < 0.2
+        with pytest.raises(InputError, match="cannot rewind"):
+            runner.rewind(CONTEXT + 1)
+        runner.rewind(0)
+        with pytest.raises(InputError, match="do not fit"):
+            runner.feed([*ids, 1])
+        assert (runner.feed(ids[:5])[-1] - expected[4]).abs().max() < 0.2
