@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from exporter.checkpoint import Checkpoint
 from exporter.checkpoint.config import read_json
 from exporter.errors import InputError
-from exporter.files import sha256, written_whole
+from exporter.files import save_tensors, sha256
 from exporter.parity import Drive, GoldenLogits
 from exporter.spec import (
     Activations,
@@ -59,8 +58,7 @@ class Goldens:
             "top_logits": self.logits.top_logits,
             "logsumexp": self.logits.logsumexp,
         }
-        with written_whole(folder / GOLDEN_LOGITS) as path:
-            save_file(tensors, path)
+        save_tensors(folder / GOLDEN_LOGITS, tensors)
         write_json(
             folder / GOLDENS,
             {

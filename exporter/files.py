@@ -5,11 +5,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from exporter.errors import CapacityError
 
@@ -50,6 +55,19 @@ def put_in_place(folder: Path, destination: Path) -> None:
         shutil.rmtree(old)
     else:
         folder.rename(destination)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, whole or not at all. Raises OSError, also where safetensors has its own error for it."""
+    with written_whole(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            if code is None:
+                raise
+            number = int(code.group(1))
+            raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def sha256(path: Path) -> str:

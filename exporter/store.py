@@ -15,12 +15,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import InputError
-from exporter.files import written_whole
+from exporter.files import save_tensors
 from exporter.quantized import QuantizedTensor, pack_int4, unpack_int4
 from exporter.spec import ModelSpec, Precision, WeightScheme
 
@@ -92,8 +91,7 @@ class WeightStore:
         for tensor in tensors:
             contents[f"{tensor.name}.codes"] = pack_int4(tensor.codes) if tensor.bits == 4 else tensor.codes
             contents[f"{tensor.name}.scales"] = tensor.scales.to(torch.bfloat16)
-        with written_whole(self.part_file(layer)) as path:
-            save_file(contents, path, metadata={"errors": json.dumps(errors, sort_keys=True)})
+        save_tensors(self.part_file(layer), contents, metadata={"errors": json.dumps(errors, sort_keys=True)})
 
     def read_errors(self) -> dict[str, float]:
         """Relative squared-norm error of each quantized tensor, as it was measured when it was quantized."""

@@ -15,19 +15,28 @@ from exporter.spec import Arithmetic, Artifact, ModelSpec, Plan, WeightScheme
 from exporter.store import StoredWeight, WeightStore
 
 
-def check_room(*, position: int, count: int, context: int) -> None:
-    """Raises InputError when ``count`` tokens after ``position`` would not fit a cache of ``context`` positions."""
-    if count < 1 or position + count > context:
+def check_feed(ids: Sequence[int], *, position: int, artifact: Artifact) -> None:
+    """Raises InputError for tokens that do not fit the cache after ``position``, or are none of the vocabulary."""
+    if not ids or position + len(ids) > artifact.context:
         raise InputError(
-            f"{count} tokens at position {position} do not fit a context of {context}",
+            f"{len(ids)} tokens at position {position} do not fit a context of {artifact.context}",
             hint="feed between 1 and the room that is left, rewind, or export with a larger --context",
+        )
+    strange = [token for token in ids if not 0 <= token < artifact.spec.vocab_size]
+    if strange:
+        raise InputError(
+            f"token {strange[0]} is outside the vocabulary of {artifact.spec.vocab_size}",
+            hint="tokenize with the tokenizer of this model",
         )
 
 
 def check_rewind(position: int, *, current: int) -> None:
     """Raises InputError for a position that is not in the cache."""
     if not 0 <= position <= current:
-        raise InputError(f"cannot rewind to position {position}: the cache holds {current}", hint="rewind to 0 or more")
+        raise InputError(
+            f"cannot rewind to position {position}: the cache holds {current} tokens",
+            hint="rewind to a position that has been fed",
+        )
 
 
 class Runner(Protocol):

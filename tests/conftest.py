@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from exporter.checkpoint import BUNDLED_MODEL
-from exporter.spec import Logits, Plan, Precision, WeightScheme
+from exporter.quantized import QuantizedTensor
+from exporter.spec import Logits, Plan, Precision, WeightScheme, activation_block
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -106,10 +108,32 @@ def sample() -> Path:
     return BUNDLED_MODEL
 
 
+def apply_matmulnbits(tensor: QuantizedTensor, x: Tensor, *, accuracy_level: int) -> Tensor:
+    """``x`` float32 [T, K] through ONNX Runtime's MatMulNBits with that weight: float32 [T, N]."""
+    import onnx_ir as ir
+    import onnxruntime as ort
+
+    from targets.onnxruntime.lower import MICROSOFT, unsigned_codes
+
+    rows, columns = tensor.shape
+    block = activation_block(columns=columns, group_size=tensor.group_size)
+    codes = unsigned_codes(tensor).view(rows, columns // block, -1).numpy()
+    scales = tensor.scales.repeat_interleave(tensor.group_size // block, dim=1).contiguous().numpy()
+    source = ir.Value(name="x", shape=ir.Shape(("T", columns)), type=ir.TensorType(ir.DataType.FLOAT))
+    constants = [ir.Value(name=n, const_value=ir.tensor(v, name=n)) for n, v in (("codes", codes), ("scales", scales))]
+    attributes = {"N": rows, "K": columns, "bits": tensor.bits, "block_size": block, "accuracy_level": accuracy_level}
+    node = ir.node("MatMulNBits", [source, *constants], attributes, domain=MICROSOFT)
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    opsets = {"": 21, MICROSOFT: 1}
+    graph = ir.Graph([source], node.outputs, nodes=[node], initializers=constants, opset_imports=opsets, name="one")
+    model = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    (y,) = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
+    return torch.from_numpy(y)
+
+
 @pytest.fixture(autouse=True)
-def _quiet_transformers() -> Iterator[None]:
+def _quiet_transformers() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    yield

@@ -1,11 +1,11 @@
-"""The same promises, kept by every target: proven on the trained sample, and broken on purpose to see each proof fail."""
+"""The same promises, kept by every target: proven on the trained sample, and broken to see each proof fail."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> tuple[Pa
 
 
 @pytest.fixture(scope="module", params=targets.NAMES)
-def bundle(request: pytest.FixtureRequest, workshop: tuple[Path, Graph, WeightStore], sample: Path) -> Iterator[Bundle]:
+def bundle(request: pytest.FixtureRequest, workshop: tuple[Path, Graph, WeightStore], sample: Path) -> Bundle:
     folder, graph, store = workshop
     name = request.param
     words = ["-t", name, "-c", str(CONTEXT), "-o", str(folder / "out"), "--store", str(folder / "store"), "--json"]
@@ -74,7 +74,7 @@ def bundle(request: pytest.FixtureRequest, workshop: tuple[Path, Graph, WeightSt
         evaluation_text=sample / "evaluation.txt",
         threads=1,
     )
-    yield Bundle(target=name, folder=folder / "out" / name, graph=graph, store=store, plan=plan)
+    return Bundle(target=name, folder=folder / "out" / name, graph=graph, store=store, plan=plan)
 
 
 def validate(folder: Path, bundle: Bundle, *, against: bool) -> tuple[int, dict[str, Any]]:

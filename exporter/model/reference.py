@@ -157,7 +157,7 @@ def _int8_per_block(x: Tensor, block: int) -> Tensor:
     """Symmetric int8, one scale of absmax / 127 per ``block`` columns of a row: MatMulNBits at accuracy_level 4."""
     blocks = x.unflatten(-1, (-1, block))
     largest = blocks.abs().amax(dim=-1, keepdim=True)
-    codes = (blocks * torch.where(largest == 0, 0.0, 127.0 / largest)).round()
+    codes = (blocks * torch.where(largest == 0, 0.0, torch.full_like(largest, 127.0) / largest)).round()
     return (codes * (largest / 127.0)).flatten(-2)
 
 

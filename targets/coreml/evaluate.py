@@ -31,8 +31,8 @@ _FLOATS = (MilType.FLOAT16, MilType.FLOAT32)
 
 
 class Rounding(Enum):
-    FP16 = "after each op that gives float16, as the program declares"
-    NONE = "never: float32 throughout, casts to float16 and states included"
+    FP16 = "whatever the program declares as float16: results of ops, decoded weights, states"
+    NONE = "nothing: float32 throughout"
 
 
 class State:
@@ -119,9 +119,10 @@ class Evaluator:
             return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
         arguments = {key: self._package.constant(a.arguments[0].value) for key, a in operation.inputs.items()}
         try:
-            return decompress(**arguments)
+            decoded = decompress(**arguments)
         except (TypeError, ValueError, RuntimeError) as error:
             raise _fault(f"constant {operation.outputs[0].name} cannot be decompressed: {error}") from error
+        return self._checked(decoded, operation.outputs[0], moved=False)
 
     def _checked(self, value: Tensor, declared: Any, *, moved: bool) -> Tensor:
         """``value``, rounded as its declared type asks. Raises LoweringError where it is not of the declared shape."""
@@ -139,13 +140,13 @@ class Evaluator:
 
 
 def decompress(*, data: Tensor, scale: Tensor) -> Tensor:
-    """``constexpr_blockwise_shift_scale``: codes int8 [N, K] times float16 scales [N, K / g], rounded to float16."""
+    """``constexpr_blockwise_shift_scale``: codes int8 [N, K] times float16 scales [N, K / g], exact in float32."""
     blocks = [size // count for size, count in zip(data.shape, scale.shape, strict=True)]
     if any(block * count != size for block, count, size in zip(blocks, scale.shape, data.shape, strict=True)):
         raise ValueError(f"scales {list(scale.shape)} do not divide codes {list(data.shape)}")
     codes = data.float().view([size for pair in zip(scale.shape, blocks, strict=True) for size in pair])
     scales = scale.float().view([size for count in scale.shape for size in (count, 1)])
-    return codes.mul_(scales).half().float().view(data.shape)
+    return codes.mul_(scales).view(data.shape)
 
 
 def _elementwise(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:

@@ -112,7 +112,7 @@ def _convert(program: Any, path: Path, *, context: int) -> None:
         minimum_deployment_target=ct.target.iOS18,
         compute_precision=ct.precision.FLOAT32,  # "insert no casts": ours stay; FLOAT16 would undo each fp32 op of ours
         # What is emitted is what is saved. The default passes merge constants that are equal, or nearly, and so lose
-        # the name of a weight; take out a norm whose weights are all ones; and guard the embedding against negative ids.
+        # the name of a weight; take out a norm whose weights are all ones; and guard the embedding from negative ids.
         pass_pipeline=ct.PassPipeline.EMPTY,
         skip_model_load=True,
         package_dir=str(path),

@@ -17,8 +17,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from exporter.errors import CapacityError, ExportError, InputError, LoweringError, MissingToolError
+from exporter.errors import CapacityError, ExportError, LoweringError, MissingToolError
 from exporter.spec import Artifact
+from targets.base import check_feed, check_rewind
 from targets.executorch.border import INSTALL, installed_version
 
 _NATIVE_LINE = re.compile(r"^\[(?P<source>\w+)\.cpp:\d+\] (?P<message>.+)")
@@ -72,7 +73,7 @@ class ProgramRunner:
         return self._position
 
     def feed(self, ids: Sequence[int]) -> Tensor:
-        self._check(ids)
+        check_feed(ids, position=self._position, artifact=self._artifact)
         self._log_read = self._log_size()
         try:
             self._connection.send((list(ids), self._position))
@@ -92,11 +93,7 @@ class ProgramRunner:
         return logits
 
     def rewind(self, position: int) -> None:
-        if not 0 <= position <= self._position:
-            raise InputError(
-                f"cannot rewind to position {position}: the cache holds {self._position} tokens",
-                hint="rewind goes back only",
-            )
+        check_rewind(position, current=self._position)
         self._position = position
 
     def close(self) -> None:
@@ -115,22 +112,6 @@ class ProgramRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def _check(self, ids: Sequence[int]) -> None:
-        context, vocab_size = self._artifact.context, self._artifact.spec.vocab_size
-        if not ids:
-            raise InputError("no tokens were fed", hint="feed at least one")
-        if self._position + len(ids) > context:
-            raise InputError(
-                f"{len(ids)} tokens at position {self._position} exceed the context of {context}",
-                hint="feed fewer, or export with a larger --context",
-            )
-        strange = [token for token in ids if not 0 <= token < vocab_size]
-        if strange:
-            raise InputError(
-                f"token {strange[0]} is outside the vocabulary of {vocab_size}",
-                hint="tokenize with the tokenizer of this model",
-            )
 
     def _fail(self, verb: str, error: Exception) -> NoReturn:
         """The worker is gone: end what is left of it and say why."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from exporter.errors import LoweringError
 from exporter.spec import Artifact, Logits
-from targets.base import check_rewind, check_room
+from targets.base import check_feed, check_rewind
 
 ort.set_default_logger_severity(3)  # errors only: a warning about a node that runs on the CPU is no news here
 
@@ -53,7 +53,7 @@ class OnnxRuntimeRunner:
         return self._position
 
     def feed(self, ids: Sequence[int]) -> Tensor:
-        check_room(position=self._position, count=len(ids), context=self._artifact.context)
+        check_feed(ids, position=self._position, artifact=self._artifact)
         total = self._position + len(ids)
         rows = 1 if self._artifact.logits is Logits.LAST else len(ids)
         logits = np.empty((1, rows, self._artifact.spec.vocab_size), dtype=np.float32)

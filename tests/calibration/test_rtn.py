@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from calibration.rtn import round_to_nearest
 from exporter.quantized import CODE_RANGE, SMALLEST_SCALE, QuantizedTensor, pack_int4, unpack_int4
+from tests.conftest import apply_matmulnbits
 
 
 def random_weight(seed: int, *, rows: int = 16, columns: int = 256, spread: float = 0.02) -> Tensor:
@@ -104,39 +104,13 @@ def test_scales_of_the_wrong_shape_are_refused_with_both_shapes() -> None:
         )
 
 
-def identity_probe(tensor: QuantizedTensor) -> Tensor:
-    """The dequantized weight as ONNX Runtime's MatMulNBits sees it: the op applied to the identity."""
-    import onnx_ir as ir
-    import onnxruntime as ort
-
-    from exporter.spec import activation_block
-    from targets.onnxruntime.lower import MICROSOFT, unsigned_codes
-
-    rows, columns = tensor.shape
-    block = activation_block(columns=columns, group_size=tensor.group_size)
-    codes = unsigned_codes(tensor).view(rows, columns // block, -1).numpy()
-    scales = tensor.scales.repeat_interleave(tensor.group_size // block, dim=1).contiguous().numpy()
-    x = ir.Value(name="x", shape=ir.Shape((columns, columns)), type=ir.TensorType(ir.DataType.FLOAT))
-    constants = [ir.Value(name=n, const_value=ir.tensor(v, name=n)) for n, v in (("codes", codes), ("scales", scales))]
-    attributes = {"N": rows, "K": columns, "bits": tensor.bits, "block_size": block, "accuracy_level": 0}
-    node = ir.node("MatMulNBits", [x, *constants], attributes, domain=MICROSOFT)
-    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph(
-        [x], [node.outputs[0]], nodes=[node], initializers=constants, opset_imports={"": 21, MICROSOFT: 1}, name="probe"
-    )
-    model = ir.to_proto(ir.Model(graph, ir_version=10))
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (y,) = session.run(None, {"x": np.eye(columns, dtype=np.float32)})
-    return torch.from_numpy(y.T.copy())
-
-
 @pytest.mark.toolchain
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**16), scheme=schemes, spread=st.sampled_from([1e-3, 0.02, 1.0]))
 def test_codes_dequantize_to_the_same_bits_in_matmulnbits(seed: int, scheme: tuple[int, int], spread: float) -> None:
     bits, group_size = scheme
     tensor = round_to_nearest(random_weight(seed, spread=spread), name="w", bits=bits, group_size=group_size)
-    assert torch.equal(identity_probe(tensor), tensor.dequantize())
+    assert torch.equal(apply_matmulnbits(tensor, torch.eye(256), accuracy_level=0).T, tensor.dequantize())
 
 
 @pytest.mark.toolchain
@@ -169,9 +143,10 @@ def test_core_ml_dequantizes_to_code_times_scale_rounded_to_fp16(
     seed: int, scheme: tuple[int, int], spread: float
 ) -> None:
     """int4 needs no rounding (4 + 8 significant bits fit fp16's 11 for codes of at most 8); int8 does."""
-    from targets.coreml.toolchain import types  # first: it silences the imports
+    from targets.coreml.toolchain import quiet, types
 
-    from coremltools.converters.mil.mil.ops.defs.iOS18 import constexpr_blockwise_shift_scale
+    with quiet():
+        from coremltools.converters.mil.mil.ops.defs.iOS18 import constexpr_blockwise_shift_scale
 
     bits, group_size = scheme
     tensor = round_to_nearest(random_weight(seed, spread=spread), name="w", bits=bits, group_size=group_size)

@@ -31,7 +31,9 @@ def spell(toy: Toy, **fields: Any) -> None:
         {"rope_scaling": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
     ],
 )
-def test_released_spellings_of_llama3_scaling_mean_the_same(make_toy: Callable[..., Toy], fields: dict[str, Any]) -> None:
+def test_released_spellings_of_llama3_scaling_mean_the_same(
+    make_toy: Callable[..., Toy], fields: dict[str, Any]
+) -> None:
     toy = make_toy(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3})
     modern = open_checkpoint(toy.folder).spec.rope
     spell(toy, **fields)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import targets
 from exporter import pipeline
 from exporter.cli import app
 from exporter.errors import ExportError, gravest
@@ -48,7 +49,9 @@ def complete_toy(make_toy: Callable[..., Toy], sample: Path) -> Toy:
 
 
 def test_an_unknown_target_names_the_known_ones() -> None:
-    assert_refused(run("--target", "tflite"), code=2, says="unknown target 'tflite'; known: executorch, onnxruntime, coreml")
+    assert_refused(
+        run("--target", "tflite"), code=2, says="unknown target 'tflite'; known: executorch, onnxruntime, coreml"
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,9 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(make_toy: Callable[..., Toy
     assert_refused(result, code=3, says="has no tokenizer.json")
 
 
-def test_a_tokenizer_of_another_model_is_refused(complete_toy: Toy, make_toy: Callable[..., Toy], tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model_is_refused(
+    complete_toy: Toy, make_toy: Callable[..., Toy], tmp_path: Path
+) -> None:
     small = make_toy(vocab_size=96)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(complete_toy.folder / name, small.folder / name)
@@ -141,24 +146,28 @@ def test_a_disk_that_runs_full_on_the_way_leaves_nothing(
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small file system needs root")
-def test_a_real_full_disk_is_one_sentence_at_every_stage(complete_toy: Toy, tmp_path: Path) -> None:
+@pytest.mark.toolchain
+@pytest.mark.parametrize("target", targets.NAMES)
+def test_a_real_full_disk_is_one_sentence_at_every_stage(target: str, complete_toy: Toy, tmp_path: Path) -> None:
     """A file system of few kB fills up while the store is written, a larger one while the artifact is."""
     for size, place in (("24k", "--store"), ("96k", "--out")):
         disk = tmp_path / f"disk-{size}"
         disk.mkdir()
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True, check=False)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True, check=False
+        )
         if mounted.returncode:
             pytest.skip("this host does not let a test mount a file system")
         try:
             code = (
                 "import shutil, sys, collections\n"
                 "usage = collections.namedtuple('usage', 'total used free')\n"
-                "shutil.disk_usage = lambda _: usage(1 << 40, 0, 1 << 40)  # so that the check beforehand lets it pass\n"
+                "shutil.disk_usage = lambda _: usage(1 << 40, 0, 1 << 40)\n"  # the check beforehand lets it pass
                 "from exporter.cli import main; main()"
             )
             places = {"--store": tmp_path / "store", "--out": tmp_path / "out"} | {place: disk / "x"}
             words = [str(word) for pair in places.items() for word in pair]
-            command = [sys.executable, "-c", code, str(complete_toy.folder), "-t", "onnxruntime", *words]
+            command = [sys.executable, "-c", code, str(complete_toy.folder), "-t", target, *words]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 5, done.stderr
             assert "Traceback" not in done.stderr
@@ -190,7 +199,7 @@ def test_an_interrupt_leaves_nothing_half_written(sent: signal.Signals, stage: s
     assert "interrupted" in stderr
     assert "Traceback" not in stderr
     assert not out.exists() or list(out.iterdir()) == []
-    assert [path for path in store.rglob(".*")] == []
+    assert list(store.rglob(".*")) == []
 
 
 @pytest.mark.toolchain
@@ -210,7 +219,6 @@ def test_a_toy_goes_through_with_json_on_stdout_alone(complete_toy: Toy, tmp_pat
 def test_when_one_target_fails_the_others_are_finished_and_what_it_left_is_kept(
     complete_toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import targets
     from exporter.errors import LoweringError
 
     broken = targets.load("executorch")
@@ -219,9 +227,19 @@ def test_when_one_target_fails_the_others_are_finished_and_what_it_left_is_kept(
         (arguments[-1] / "model.pte").write_bytes(b"half")
         raise LoweringError("the toolchain said no", hint="ask again")
 
-    monkeypatch.setattr(type(broken), "lower", lambda self, *arguments: fail(*arguments))
+    monkeypatch.setattr(type(broken), "lower", lambda _self, *arguments: fail(*arguments))
     out = tmp_path / "out"
-    words = (complete_toy.folder, "-t", "executorch,onnxruntime", "-p", "fp32", "-o", out, "--store", tmp_path / "store")
+    words = (
+        complete_toy.folder,
+        "-t",
+        "executorch,onnxruntime",
+        "-p",
+        "fp32",
+        "-o",
+        out,
+        "--store",
+        tmp_path / "store",
+    )
     result = run(*words)
     assert result.exit_code == 6
     assert "executorch: the toolchain said no" in result.stderr
@@ -237,7 +255,7 @@ def test_the_gravest_outcome_is_the_earliest_stage_that_failed() -> None:
 
 
 def test_every_error_class_has_its_own_documented_exit_code() -> None:
-    import exporter.errors as errors
+    from exporter import errors
 
     tree = errors.__doc__ or ""
     classes = [item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, ExportError)]

@@ -65,7 +65,7 @@ def released_spelling(toy: Toy, rope: dict[str, Any]) -> None:
     decodes=st.integers(1, 6),
     seed=st.integers(0, 2**16),
 )
-def test_logits_equal_transformers_over_prefill_rewind_and_decode(  # noqa: PLR0917
+def test_logits_equal_transformers_over_prefill_rewind_and_decode(
     kv_heads: int,
     repeats: int,
     head_dim: int,

@@ -21,12 +21,12 @@ from torch import Tensor
 from calibration.layers import quantize
 from exporter.checkpoint import BUNDLED_MODEL, Checkpoint, open_checkpoint
 from exporter.errors import HostError, InputError, LoweringError, MissingToolError
-from exporter.metrics import kl_divergence, top1_agreement
+from exporter.metrics import kl_divergence
 from exporter.model.graph import Graph, Node
-from exporter.model.reference import Reference
+from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace
 from exporter.quantized import QuantizedTensor
-from exporter.spec import EMBEDDING, Artifact, Logits, Plan, Precision, WeightScheme
+from exporter.spec import EMBEDDING, Arithmetic, Artifact, Logits, Plan, Precision, WeightScheme
 from exporter.store import WeightStore
 from targets import load
 from targets.base import Runner
@@ -46,8 +46,8 @@ class Exported:
     store: WeightStore
     plan: Plan
 
-    def reference(self) -> Reference:
-        return Reference(self.graph, self.store, self.artifact.arithmetic)
+    def reference(self, arithmetic: Arithmetic | None = None) -> Reference:
+        return Reference(self.graph, self.store, arithmetic or self.artifact.arithmetic)
 
     def structure(self) -> Any:
         return TARGET.open_structure(
@@ -174,29 +174,37 @@ def test_package_computes_the_graph(artifacts: Artifacts, toy: str, scheme: str)
     with TARGET.open(exported.artifact, threads=1) as runner:
         shipped = drive(runner, ids)
     assert wanted.std() > 1
-    assert (structure - wanted).abs().max() <= 1e-4
+    assert (structure - drive(exported.reference(FULL_PRECISION), ids)).abs().max() <= 1e-4
     assert kl_divergence(wanted, shipped).mean() <= 1e-4
 
 
 @pytest.mark.toolchain
-@pytest.mark.slow
-@pytest.mark.skipif(not (BUNDLED_MODEL / "model.safetensors").exists(), reason="the sample is not trained yet")
 @pytest.mark.parametrize("scheme", ["int4", "int8", "fp16", "fp32"])
 def test_trained_sample_answers_in_float16_as_the_reference(scheme: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(BUNDLED_MODEL)
     exported = export(checkpoint, tmp_path, SCHEMES[scheme], context=256)
     reference = exported.reference()
-    ids = [checkpoint.spec.bos_token_id or 0]
-    ids += reference.greedy(ids, count=119, stops=())
+    ids = sampled(reference, first=checkpoint.spec.bos_token_id or 0, count=96)
     reference.rewind(0)
     wanted = drive(reference, ids)
     with exported.structure() as runner:
         structure = drive(runner, ids)
     with TARGET.open(exported.artifact, threads=1) as runner:
         shipped = drive(runner, ids)
-    assert (structure - wanted).abs().max() <= (1e-3 if scheme == "fp16" else 1e-4)
+    assert (structure - drive(exported.reference(FULL_PRECISION), ids)).abs().max() <= 1e-4
     assert kl_divergence(wanted, shipped).mean() <= 1e-4
-    assert top1_agreement(wanted, shipped) >= 0.99
+    best, second = wanted.topk(2, dim=-1).values.unbind(-1)
+    flipped = wanted.argmax(dim=-1) != shipped.argmax(dim=-1)
+    assert (best - second)[flipped].tolist() == pytest.approx([0.0] * int(flipped.sum()), abs=0.05)  # near ties only
+
+
+def sampled(reference: Reference, *, first: int, count: int) -> list[int]:
+    """What the model itself would write, without the loops that greedy decoding falls into."""
+    generator, ids = torch.Generator().manual_seed(0), [first]
+    while len(ids) < count:
+        probabilities = reference.feed(ids[-1:])[-1].softmax(dim=-1)
+        ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+    return ids
 
 
 @pytest.mark.toolchain
@@ -429,7 +437,7 @@ def forget_the_mask(operations: Any) -> None:
 def test_a_fault_in_the_program_moves_the_logits(int4: Exported, fault: Callable[[Any], None], tmp_path: Path) -> None:
     broken = dataclasses.replace(int4, artifact=tampered(int4, tmp_path, fault))
     ids = tokens(40)
-    wanted = drive(int4.reference(), ids)
+    wanted = drive(int4.reference(FULL_PRECISION), ids)
     with int4.structure() as sound, broken.structure() as unsound:
         assert (drive(sound, ids) - wanted).abs().max() <= 1e-4
         assert (drive(unsound, ids) - wanted).abs().max() > 0.1

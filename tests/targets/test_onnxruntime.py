@@ -19,13 +19,14 @@ from exporter.cli import app
 from exporter.codes import check_codes, weight_digests
 from exporter.errors import LoweringError
 from exporter.model.graph import Graph
-from exporter.model.reference import FULL_PRECISION, Reference
+from exporter.model.reference import FULL_PRECISION, Reference, round_activations
 from exporter.model.trace import trace
 from exporter.parity import all_at_once, drive, drive_for
-from exporter.spec import Artifact, Logits, Plan, Verdict
+from exporter.quantized import QuantizedTensor
+from exporter.spec import Activations, Artifact, Logits, Plan, Verdict
 from exporter.store import WeightStore
 from targets.onnxruntime import TARGET
-from tests.conftest import Toy
+from tests.conftest import Toy, apply_matmulnbits
 
 pytestmark = pytest.mark.toolchain
 
@@ -46,7 +47,7 @@ def lower(toy: Toy, plan: Plan, *, graph: Graph | None = None) -> tuple[Artifact
     ("precision", "head", "allowed"),
     [("fp32", None, 1e-4), ("fp16", None, 1e-3), ("int8", None, 1e-4), ("int4", None, 1e-4), ("int4", "int4", 1e-4)],
 )
-def test_structure_and_codes_for_every_precision(  # noqa: PLR0917
+def test_structure_and_codes_for_every_precision(
     make_toy: Callable[..., Toy],
     make_plan: Callable[..., Plan],
     tied: bool,
@@ -63,6 +64,22 @@ def test_structure_and_codes_for_every_precision(  # noqa: PLR0917
         assert (drive(runner, STEPS) - expected).abs().max() <= allowed
     report = check_codes(TARGET.read_weights(artifact), expected=weight_digests(store), scheme=plan.scheme)
     assert report.verdict is Verdict.PASSED, report.reason
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_activations_are_rounded_as_matmulnbits_rounds_them_ties_included(tokens: int) -> None:
+    """Against the op itself on the identity: its output is the rounded activation, up to the noise of its sum."""
+    generator = torch.Generator().manual_seed(tokens)
+    identity = QuantizedTensor(
+        name="identity", bits=4, group_size=32, codes=torch.eye(256, dtype=torch.int8), scales=torch.ones(256, 8)
+    )
+    ties = (torch.randint(-126, 126, (tokens, 8, 32), generator=generator) + 0.5) / 127
+    ties[..., 0] = 1.0  # the largest of each block
+    x = (ties * 10 * torch.rand(tokens, 8, 1, generator=generator)).flatten(1)
+    steps = (x.view(tokens, 8, 32).abs().amax(dim=2, keepdim=True) / 127).expand(-1, -1, 32).flatten(1)
+    theirs = apply_matmulnbits(identity, x, accuracy_level=4) / steps
+    ours = round_activations(x, Activations.INT8_PER_BLOCK, group_size=32) / steps
+    assert torch.equal(theirs.round(), ours.round())
 
 
 @pytest.mark.parametrize("precision", ["int4", "fp32"])
