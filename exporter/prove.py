@@ -65,7 +65,16 @@ def make_goldens(
         if room < 1:
             continue  # a context shorter than the prompt
         greedy = reference.greedy(ids, count=min(GREEDY_TOKENS, room), stops=artifact.spec.eos_token_ids)
-        prompts.append({"text": text, "ids": ids, "greedy_ids": greedy, "greedy_text": tokenizer.decode(greedy)})
+        tokens = [token for token, _ in greedy]
+        prompts.append(
+            {
+                "text": text,
+                "ids": ids,
+                "greedy_ids": tokens,
+                "greedy_margins": [margin for _, margin in greedy],
+                "greedy_text": tokenizer.decode(tokens),
+            }
+        )
     return Goldens(
         drive=answers.drive,
         logits=GoldenLogits.of(answers.shipped),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +178,12 @@ def test_the_manifest_tells_what_the_artifact_is(bundle: Bundle) -> None:
 
 
 def test_greedy_goldens_are_what_the_artifact_says(bundle: Bundle) -> None:
-    """The chat prompt is answered token by token as the reference answered it, until a stop token or 32 tokens."""
+    """Token by token as the reference answered, as long as its choice was clearer than what parity allows to differ."""
     manifest = open_bundle(bundle.folder)
     target = targets.load(bundle.target)
     artifact = read_artifact(manifest, path=target.find(bundle.folder))
     prompts = Goldens.read(bundle.folder).prompts
+    decided = 0
     with target.open(artifact, threads=1) as runner:
         for prompt in prompts:
             runner.rewind(0)
@@ -190,8 +192,12 @@ def test_greedy_goldens_are_what_the_artifact_says(bundle: Bundle) -> None:
             while token not in artifact.spec.eos_token_ids and len(answer) < len(prompt["greedy_ids"]):
                 token = int(runner.feed([token])[-1].argmax())
                 answer.append(token)
-            assert answer == list(prompt["greedy_ids"])
+            moved = 2 * manifest["parity"]["max_abs_logit_diff"]
+            clear = list(takewhile(lambda margin: margin > moved, prompt["greedy_margins"]))
+            assert answer[: len(clear)] == prompt["greedy_ids"][: len(clear)]
+            decided += len(clear)
     assert len(prompts) == 3
+    assert decided >= 10
 
 
 @pytest.mark.parametrize("change", [one_scale_up, rounded_anew])

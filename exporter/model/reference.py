@@ -76,14 +76,14 @@ class Reference:
         """Forget every token from ``position`` on."""
         self._caches = {name: cache[:, :, :position] for name, cache in self._caches.items()}
 
-    def greedy(self, ids: Sequence[int], *, count: int, stops: Sequence[int]) -> list[int]:
-        """The ``count`` most likely next tokens after ``ids``, one by one, ending early with a stop token."""
+    def greedy(self, ids: Sequence[int], *, count: int, stops: Sequence[int]) -> list[tuple[int, float]]:
+        """The most likely next tokens after ``ids``, up to ``count`` of them or a stop token, each with its margin: how
+        far its logit is above the second best. Where that is small another runtime may rightly choose otherwise."""
         self.rewind(0)
-        token = int(self.feed(ids)[-1].argmax())
-        answer = [token]
-        while token not in stops and len(answer) < count:
-            token = int(self.feed([token])[-1].argmax())
-            answer.append(token)
+        answer: list[tuple[int, float]] = []
+        while len(answer) < count and not (answer and answer[-1][0] in stops):
+            best = self.feed([answer[-1][0]] if answer else ids)[-1].topk(2)
+            answer.append((int(best.indices[0]), float(best.values[0] - best.values[1])))
         return answer
 
     def _empty_caches(self) -> dict[str, Tensor]:
