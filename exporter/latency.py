@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import statistics
-import time
 from collections.abc import Sequence
 
 from exporter.spec import Report, Verdict
@@ -22,16 +21,14 @@ def measure_latency(runner: Runner, ids: Sequence[int], *, context: int, threads
     first_token_s, prefill_rates, decode_rates = [], [], []
     for run in range(RUNS + 1):
         runner.rewind(0)
-        started = time.perf_counter()
         runner.feed(prompt)
-        prefilled = time.perf_counter()
-        for token in decoded:
-            runner.feed([token])
-        finished = time.perf_counter()
+        prefill_s = runner.feed_s
+        runner.feed_each(decoded)
+        decode_s = runner.feed_s
         if run > 0:
-            first_token_s.append(prefilled - started)
-            prefill_rates.append(len(prompt) / (prefilled - started))
-            decode_rates.append(len(decoded) / (finished - prefilled))
+            first_token_s.append(prefill_s)
+            prefill_rates.append(len(prompt) / prefill_s)
+            decode_rates.append(len(decoded) / decode_s)
     return Report(
         verdict=Verdict.PASSED,
         figures={

@@ -19,9 +19,9 @@ def kl_divergence(reference: Tensor, candidate: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_(min=0.0)
 
 
-def top1_agreement(reference: Tensor, candidate: Tensor) -> float:
-    """The share of positions at which both prefer the same token."""
-    return (reference.argmax(dim=-1) == candidate.argmax(dim=-1)).double().mean().item()
+def top1_agreement(reference: Tensor, candidate: Tensor) -> Tensor:
+    """Whether both prefer the same token, at each position: two ``[T, V]`` -> bool ``[T]``."""
+    return reference.argmax(dim=-1) == candidate.argmax(dim=-1)
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:

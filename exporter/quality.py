@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from exporter.metrics import bootstrap_interval, kl_divergence, negative_log_likelihood, perplexity
+from exporter.metrics import bootstrap_interval, kl_divergence, negative_log_likelihood, perplexity, top1_agreement
 from exporter.model.reference import Reference
 from exporter.spec import Precision, Report, Verdict
 
@@ -50,7 +50,7 @@ def measure_quality(
             got = _logits(candidate, window)
             kl[name].append(kl_divergence(expected, got))
             nll[name].append(negative_log_likelihood(got[:-1], targets))
-            agree[name].append((expected.argmax(dim=-1) == got.argmax(dim=-1)).double())
+            agree[name].append(top1_agreement(expected, got))
         on_window(done, len(windows))
     reports = {}
     for name in candidates:
@@ -66,7 +66,7 @@ def measure_quality(
                 "mean_kl_nats_interval": [low, high],
                 "p99_kl_nats": torch.quantile(divergence, 0.99).item(),
                 "budget_mean_kl_nats": budget,
-                "top1_agreement": torch.cat(agree[name]).mean().item(),
+                "top1_agreement": torch.cat(agree[name]).double().mean().item(),
                 "perplexity": perplexity(torch.cat(nll[name])),
                 "reference_perplexity": perplexity(torch.cat(truth_nll)),
                 "positions": len(divergence),

@@ -39,11 +39,23 @@ def check_rewind(position: int, *, current: int) -> None:
         )
 
 
+def one_by_one(runner: Runner, ids: Sequence[int]) -> Tensor:
+    """``feed_each`` for a runner that lives in this process."""
+    total_s = 0.0
+    for token in ids:
+        logits = runner.feed([token])
+        total_s += runner.feed_s
+    runner.feed_s = total_s
+    return logits
+
+
 class Runner(Protocol):
     """One loaded artifact with one key-value cache. Close it when done, or open it in a ``with``."""
 
     load_s: float
     """Seconds it took to load the artifact."""
+    feed_s: float
+    """Seconds the runtime took for the last ``feed`` or ``feed_each``, without what it takes to reach it."""
 
     @property
     def position(self) -> int:
@@ -53,6 +65,10 @@ class Runner(Protocol):
     def feed(self, ids: Sequence[int]) -> Tensor:
         """Append any number of tokens to the cache; float32 logits ``[1, V]`` after the last of them, or ``[T, V]``
         from an artifact made with ``Logits.ALL``. Raises InputError when the context would be exceeded."""
+        ...
+
+    def feed_each(self, ids: Sequence[int]) -> Tensor:
+        """``feed`` the tokens one at a time, as decoding does, with nothing in between; logits after the last."""
         ...
 
     def rewind(self, position: int) -> None:

@@ -11,6 +11,8 @@ rotary embedding always in float32, and the states are always float16, the only 
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,8 @@ from targets.coreml.toolchain import (
     types,
     without_progress_bars,
 )
+
+_NEARLY_FULL_BYTES = 1 << 20
 
 MilVar = Any
 """A value of the program under construction: coremltools has no types."""
@@ -69,14 +73,23 @@ def lower(graph: Graph, store: WeightStore, plan: Plan, path: Path, *, compute_d
         with quiet(), without_progress_bars():
             mb.name_count.clear()  # left over from a conversion that failed, it would give the ops other names
             _convert(_program(graph, store, plan, compute_dtype), path, context=plan.context)
-    except ExportError:
+    except (ExportError, OSError):
         raise
     except Exception as error:  # coremltools raises whatever its builder, passes and writers happen to raise
-        raise LoweringError(
-            f"coremltools could not make the package: {type(error).__name__}: {error}",
-            hint="this is a fault of llama-export: please report it with the model's config.json",
-        ) from error
+        raise _mapped(error, path) from error
     finish(path, model_name=graph.spec.name)
+
+
+def _mapped(error: Exception, path: Path) -> Exception:
+    """Our error for one of coremltools'. Its writer in C++ says "filesystem error" of any trouble with the disk."""
+    if "filesystem error" in str(error):
+        disk = os.statvfs(path.parent)
+        number = errno.ENOSPC if disk.f_bavail * disk.f_frsize < _NEARLY_FULL_BYTES else errno.EIO
+        return OSError(number, os.strerror(number), str(path))
+    return LoweringError(
+        f"coremltools could not make the package: {type(error).__name__}: {error}",
+        hint="this is a fault of llama-export: please report it with the model's config.json",
+    )
 
 
 def _program(graph: Graph, store: WeightStore, plan: Plan, compute_dtype: str) -> Any:

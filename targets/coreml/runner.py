@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporter.errors import HostError, InputError
+from exporter.errors import HostError
 from exporter.spec import Artifact
+from targets.base import check_feed, check_rewind, one_by_one
 from targets.coreml.evaluate import Evaluator, Rounding
 from targets.coreml.toolchain import ct, quiet
 
@@ -53,11 +54,11 @@ class CoreMLRunner:
     """
 
     def __init__(self, artifact: Artifact, load: Callable[[], Predict]) -> None:
-        self._context = artifact.context
+        self._artifact = artifact
         self._position = 0
         started = time.perf_counter()
         self._predict: Predict | None = load()
-        self.load_s = time.perf_counter() - started
+        self.load_s, self.feed_s = time.perf_counter() - started, 0.0
 
     @property
     def position(self) -> int:
@@ -65,24 +66,21 @@ class CoreMLRunner:
 
     def feed(self, ids: Sequence[int]) -> Tensor:
         assert self._predict is not None, "the runner is closed"
+        check_feed(ids, position=self._position, artifact=self._artifact)
         end = self._position + len(ids)
-        if not ids or end > self._context:
-            raise InputError(
-                f"{len(ids)} tokens at position {self._position} do not fit: the artifact takes 1 to "
-                f"{self._context - self._position} more of its {self._context} positions",
-                hint="feed fewer tokens, or export with a larger --context",
-            )
         tokens = torch.tensor([list(ids)], dtype=torch.int32)
-        logits = self._predict(tokens, causal_mask(self._position, end))
+        mask = causal_mask(self._position, end)
+        started = time.perf_counter()
+        logits = self._predict(tokens, mask)
+        self.feed_s = time.perf_counter() - started
         self._position = end
         return logits[0].float()
 
+    def feed_each(self, ids: Sequence[int]) -> Tensor:
+        return one_by_one(self, ids)
+
     def rewind(self, position: int) -> None:
-        if not 0 <= position <= self._position:
-            raise InputError(
-                f"cannot rewind to position {position}: the cache holds {self._position} tokens",
-                hint="rewind to a position that has been fed",
-            )
+        check_rewind(position, current=self._position)
         self._position = position
 
     def close(self) -> None:

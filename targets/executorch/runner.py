@@ -26,6 +26,10 @@ _NATIVE_LINE = re.compile(r"^\[(?P<source>\w+)\.cpp:\d+\] (?P<message>.+)")
 _HARMLESS_SOURCES = {"cpuinfo_utils", "threadpool"}
 """Source files of ExecuTorch that report their normal work on standard error."""
 
+_ONE_POOL = {"OMP_NUM_THREADS": "1"}
+"""XNNPACK has the threads. The wheel's attention kernel would take as many again from OpenMP, which a phone does not
+have; the two pools then wait for each other's cores (decode on 2 cores: 4,000 tokens/s with one pool, 900 with both)."""
+
 _END_TIMEOUT_S = 10
 
 
@@ -37,6 +41,7 @@ class ProgramRunner:
     """
 
     load_s: float
+    feed_s: float
 
     def __init__(self, artifact: Artifact, *, threads: int) -> None:
         installed_version()
@@ -52,7 +57,7 @@ class ProgramRunner:
             stdout=self._log,
             stderr=self._log,
             pass_fds=[worker_end.fileno()],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)},
+            env={**os.environ, **_ONE_POOL, "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)},
         )
         worker_end.close()
         try:
@@ -73,10 +78,17 @@ class ProgramRunner:
         return self._position
 
     def feed(self, ids: Sequence[int]) -> Tensor:
+        return self._call([list(ids)], ids)
+
+    def feed_each(self, ids: Sequence[int]) -> Tensor:
+        """In the worker, so that no step waits for the way there and back."""
+        return self._call([[token] for token in ids], ids)
+
+    def _call(self, calls: list[list[int]], ids: Sequence[int]) -> Tensor:
         check_feed(ids, position=self._position, artifact=self._artifact)
         self._log_read = self._log_size()
         try:
-            self._connection.send((list(ids), self._position))
+            self._connection.send((calls, self._position))
             kind, content = self._connection.recv()
             if kind == "error":
                 reason = self._reason() or content
@@ -85,7 +97,8 @@ class ProgramRunner:
                     f"at position {self._position}: {reason}",
                     hint="lower the model again; if it stays so, this is a fault of llama-export: please report it",
                 )
-            logits = torch.empty(content)
+            shape, self.feed_s = content
+            logits = torch.empty(shape)
             self._connection.recv_bytes_into(logits.numpy().data.cast("B"))
         except (EOFError, OSError) as error:
             self._fail("run", error)

@@ -4,8 +4,8 @@ A process of its own because native code may abort it, writes its reasons to sta
 pool for good. It answers on the connection of that file descriptor, so whatever native code prints cannot break it:
 
     load_s                                       once, when the program is loaded
-    (token ids, position of the first of them)   a request
-    ("logits", shape), float32 bytes             its answer
+    (calls, position)                            a request: the token ids of each call, and where the first one starts
+    ("logits", (shape, seconds)), float32 bytes  its answer: the logits of the last call, the time of all of them
     ("error", message)                           or what went wrong; the program stays loaded
 
 It ends when the other end of the connection is closed.
@@ -42,19 +42,25 @@ def main(program: str, threads: str, descriptor: str) -> None:
     connection.send(time.perf_counter() - started)
     while True:
         try:
-            ids, position = connection.recv()
+            calls, position = connection.recv()
         except EOFError:
             return
-        _answer(connection, method, ids, position)
+        _answer(connection, method, calls, position)
 
 
-def _answer(connection: Connection, method: Any, ids: list[int], position: int) -> None:
+def _answer(connection: Connection, method: Any, calls: list[list[int]], position: int) -> None:
+    inputs = []
+    for ids in calls:
+        inputs.append((torch.tensor([ids]), torch.tensor([position])))
+        position += len(ids)
+    started = time.perf_counter()
     try:
-        (logits,) = method((torch.tensor([ids]), torch.tensor([position])))
+        for arguments in inputs:
+            (logits,) = method(arguments)
     except RuntimeError as error:
         connection.send(("error", str(error)))
         return
-    connection.send(("logits", tuple(logits.shape[1:])))
+    connection.send(("logits", (tuple(logits.shape[1:]), time.perf_counter() - started)))
     connection.send_bytes(logits.contiguous().numpy().data.cast("B"))
 
 

@@ -6,6 +6,8 @@ present share. Weights are drawn from the store one at a time while the external
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from exporter.errors import LoweringError
+from exporter.errors import ExportError, LoweringError
 from exporter.model.graph import Constant, Graph, Weight, cache_names
 from exporter.model.rope import rope_table
 from exporter.quantized import QuantizedTensor, pack_int4
@@ -33,10 +35,22 @@ _WRITE_AHEAD_BYTES = 128 << 20
 
 
 def lower(graph: Graph, store: WeightStore, plan: Plan, *, path: Path, data_name: str) -> None:
-    """Write ``path`` and, beside it, its weights in the file ``data_name``."""
-    emitter = Emitter(graph, store, plan)
-    model = emitter.build()
-    ir.save(model, path, external_data=data_name, max_workers=1, max_in_flight_bytes=_WRITE_AHEAD_BYTES)
+    """Write ``path`` and, beside it, its weights in the file ``data_name``. Raises LoweringError or OSError."""
+    try:
+        model = Emitter(graph, store, plan).build()
+        ir.save(model, path, external_data=data_name, max_workers=1, max_in_flight_bytes=_WRITE_AHEAD_BYTES)
+    except ExportError:
+        raise
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # numpy tells a short write ("32768 requested and 8192 written") without a number.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path.with_name(data_name))) from error
+    except Exception as error:  # onnx_ir and protobuf raise errors of their own, without a common base
+        raise LoweringError(
+            f"onnx_ir could not write {path.name}: {type(error).__name__}: {error}",
+            hint="this is a fault of llama-export: please report it with the model's config.json",
+        ) from error
 
 
 class Emitter:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from exporter.errors import LoweringError
 from exporter.spec import Artifact, Logits
-from targets.base import check_feed, check_rewind
+from targets.base import check_feed, check_rewind, one_by_one
 
 ort.set_default_logger_severity(3)  # errors only: a warning about a node that runs on the CPU is no news here
 
@@ -38,7 +38,7 @@ class OnnxRuntimeRunner:
             raise LoweringError(
                 f"ONNX Runtime cannot load {artifact.path.name}: {error}", hint="export the model again"
             ) from error
-        self.load_s = time.perf_counter() - started
+        self.load_s, self.feed_s = time.perf_counter() - started, 0.0
         self._position = 0
         spec = artifact.spec
         shape = (1, spec.num_key_value_heads, artifact.context, spec.head_dim)
@@ -64,12 +64,17 @@ class OnnxRuntimeRunner:
             binding.bind_ortvalue_input(f"past_key_values.{layer}.{kind}", cache)
             binding.bind_ortvalue_output(f"present.{layer}.{kind}", cache)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        started = time.perf_counter()
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # see above
             raise LoweringError(f"ONNX Runtime failed while running: {error}", hint="export the model again") from error
+        self.feed_s = time.perf_counter() - started
         self._position = total
         return torch.from_numpy(logits)[0]
+
+    def feed_each(self, ids: Sequence[int]) -> Tensor:
+        return one_by_one(self, ids)
 
     def rewind(self, position: int) -> None:
         check_rewind(position, current=self._position)

@@ -49,7 +49,7 @@ def test_top1_counts_positions() -> None:
     a = torch.eye(4)
     b = a.clone()
     b[0] = torch.tensor([0.0, 2.0, 0.0, 0.0])
-    assert top1_agreement(a, b) == 0.75
+    assert top1_agreement(a, b).tolist() == [False, True, True, True]
 
 
 def test_the_bootstrap_interval_holds_the_mean_and_narrows_with_more_values() -> None:
@@ -86,7 +86,17 @@ def test_gates_follow_the_floor_unless_the_target_computes_in_fp16() -> None:
 
     assert gate(arithmetic("fp32"), floor_kl_nats=2e-6).mean_kl_nats == pytest.approx(2e-5)
     assert gate(arithmetic("fp16"), floor_kl_nats=2e-6).mean_kl_nats == 1e-4
-    assert gate(arithmetic("fp16"), floor_kl_nats=2e-6).top1_agreement == 0.995
+    assert gate(arithmetic("fp16"), floor_kl_nats=2e-6).decided_top1_agreement == 0.995
+
+
+def test_top1_counts_a_near_tie_that_fp16_cannot_tell_as_undecided() -> None:
+    """At 10 the spacing of fp16 is 2**-7: a margin of 0.01 is undecided, one of 0.02 is decided."""
+    expected = torch.tensor([[10.0, 9.99, 0.0], [10.0, 9.98, 0.0], [10.0, 5.0, 0.0]])
+    flipped = torch.tensor([[9.99, 10.0, 0.0], [9.98, 10.0, 0.0], [10.0, 5.0, 0.0]])
+    figures = GoldenLogits.of(expected).figures(flipped)
+    assert figures["decided_positions"] == 2
+    assert figures["decided_top1_agreement"] == 0.5
+    assert figures["top1_agreement"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("context", [16, 64, 128, 300, 2048])

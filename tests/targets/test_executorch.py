@@ -570,7 +570,7 @@ def test_executorchs_own_runner_gives_the_text_that_the_reference_gives(tmp_path
     ids = tokenizer.encode(prompt).ids
     stops = lowered.graph.spec.eos_token_ids
     answer = lowered.reference().greedy(ids, count=count, stops=stops)
-    expected = tokenizer.decode([token for token in answer if token not in stops])
+    expected = tokenizer.decode([token for token, _ in answer if token not in stops])
     script = """
 import sys, warnings
 warnings.simplefilter("ignore")
