@@ -48,8 +48,8 @@ class Goldens:
     floor_kl_nats: float
     weight_sha256: Mapping[str, str]
     prompts: Sequence[Mapping[str, Any]]
-    """Each with ``text``, its token ``ids``, the reference's ``greedy_ids`` and ``greedy_text``, and how clear each choice
-    was: ``greedy_margins``, in logits."""
+    """Each with ``text``, its token ``ids``, the reference's ``greedy_ids`` and ``greedy_text``, and how clear each
+    choice was: ``greedy_margins``, in logits."""
 
     def write(self, folder: Path) -> None:
         tensors = {

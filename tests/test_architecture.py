@@ -18,7 +18,7 @@ LAYERS = (
     ("targets",),
     ("exporter.codes", "exporter.parity", "exporter.quality", "exporter.latency", "exporter.bundle", "exporter.prove"),
     ("exporter.pipeline", "exporter.report", "exporter.progress"),
-    ("exporter.cli",),
+    ("exporter.cli", "exporter.optimum_command"),
 )
 """From the bottom up. A module may import from its own layer and from those below it."""
 TOOLCHAINS = {"executorch": "executorch", "torchao": "executorch", "onnxruntime": "onnxruntime", "onnx": "onnxruntime"}

@@ -27,8 +27,8 @@ _HARMLESS_SOURCES = {"cpuinfo_utils", "threadpool"}
 """Source files of ExecuTorch that report their normal work on standard error."""
 
 _ONE_POOL = {"OMP_NUM_THREADS": "1"}
-"""XNNPACK has the threads. The wheel's attention kernel would take as many again from OpenMP, which a phone does not
-have; the two pools then wait for each other's cores (decode on 2 cores: 4,000 tokens/s with one pool, 900 with both)."""
+"""XNNPACK has the threads. The wheel's attention kernel would take as many again from OpenMP, which a phone does
+not have; the two pools then wait for each other's cores (2 cores: 4,000 decoded tokens/s with one, 900 with both)."""
 
 _END_TIMEOUT_S = 10
 

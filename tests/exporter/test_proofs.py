@@ -81,11 +81,12 @@ def test_goldens_see_a_difference_in_the_tail_through_the_bin_of_the_rest() -> N
 
 
 def test_gates_follow_the_floor_unless_the_target_computes_in_fp16() -> None:
-    def arithmetic(compute: str) -> Arithmetic:
-        return Arithmetic(activations=Activations.FLOAT, compute_dtype=compute, kv_dtype="fp32")
+    def arithmetic(compute: str, cache: str = "fp32") -> Arithmetic:
+        return Arithmetic(activations=Activations.FLOAT, compute_dtype=compute, kv_dtype=cache)
 
     assert gate(arithmetic("fp32"), floor_kl_nats=2e-6).mean_kl_nats == pytest.approx(2e-5)
     assert gate(arithmetic("fp16"), floor_kl_nats=2e-6).mean_kl_nats == 1e-4
+    assert gate(arithmetic("fp32", "fp16"), floor_kl_nats=2e-6).mean_kl_nats == 1e-4
     assert gate(arithmetic("fp16"), floor_kl_nats=2e-6).decided_top1_agreement == 0.995
 
 

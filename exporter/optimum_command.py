@@ -1,6 +1,7 @@
 """``optimum-cli export llama-edge ...``: the same command, reached through optimum's registration namespace (PEP 420).
 
-Optimum loads every file of ``optimum.commands.register`` at start-up, so nothing heavy is imported before ``run``.
+Installed as ``optimum/commands/register/llama_edge.py`` (see pyproject.toml): optimum loads every file of that folder at
+start-up, so nothing heavy is imported before ``run``.
 """
 
 from __future__ import annotations
