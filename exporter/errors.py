@@ -45,7 +45,7 @@ class MissingToolError(ExportError):
 
 
 class HostError(MissingToolError):
-    """This host cannot execute the artifact: its figures are *not measured*, which is no failure."""
+    """This host cannot execute the artifact, so that nothing can be proven about it here."""
 
 
 class CapacityError(ExportError):

@@ -1,7 +1,7 @@
 """``optimum-cli export llama-edge ...``: the same command, reached through optimum's registration namespace (PEP 420).
 
-Installed as ``optimum/commands/register/llama_edge.py`` (see pyproject.toml): optimum loads every file of that folder at
-start-up, so nothing heavy is imported before ``run``.
+Installed as ``optimum/commands/register/llama_edge.py`` (see pyproject.toml). Optimum loads every file of that folder
+at start-up, so nothing heavy is imported before ``run``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
 
-class LlamaEdgeCommand(BaseOptimumCLICommand):
+class LlamaEdgeCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has no types
     """Hands its words, options and ``--help`` included, to the command line of llama-export."""
 
     COMMAND = CommandInfo(name="llama-edge", help="Export a Llama to ExecuTorch, ONNX Runtime or Core ML with proofs.")

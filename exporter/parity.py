@@ -92,8 +92,8 @@ class Gate:
 
 
 def gate(arithmetic: Arithmetic, *, floor_kl_nats: float) -> Gate:
-    """The bounds for a target that computes so. fp16, in the arithmetic or in the cache, has its own, since the reference
-    does not round there; all others have a multiple of the measured floor."""
+    """The bounds for a target that computes so. fp16, in the arithmetic or in the cache, has its own, since the
+    reference does not round there; all others have a multiple of the measured floor."""
     if "fp16" in (arithmetic.compute_dtype, arithmetic.kv_dtype):
         return Gate(mean_kl_nats=FP16_MEAN_KL_NATS, decided_top1_agreement=FP16_TOP1)
     return Gate(mean_kl_nats=FLOOR_MULTIPLE * floor_kl_nats, decided_top1_agreement=0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +38,7 @@ from exporter.prove import (
     prove_parity_by_goldens,
 )
 from exporter.quality import evaluation_windows, measure_quality
-from exporter.spec import ModelSpec, Plan, Precision, Report, Verdict, WeightScheme
+from exporter.spec import Artifact, ModelSpec, Plan, Precision, Report, Verdict, WeightScheme
 from exporter.store import StoreKey, WeightStore
 from exporter.tokenizer import Tokenizer
 from targets.base import Target
@@ -77,6 +77,18 @@ class Outcome:
         return gravest(failed)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """What a model was turned into once, for every target to use."""
+
+    plan: Plan
+    tokenizer: Tokenizer
+    text_ids: list[int]
+    """The evaluation text, tokenized."""
+    store: WeightStore
+    graph: Graph
+
+
 def export(plan: Plan, progress: Progress) -> list[Outcome]:
     """Quantize once, trace once, lower for every target of the plan, and prove each artifact.
 
@@ -96,65 +108,60 @@ def export(plan: Plan, progress: Progress) -> list[Outcome]:
 
     progress.stage("tracing")
     graph = trace(checkpoint.spec)
+    material = Material(plan=plan, tokenizer=tokenizer, text_ids=text_ids, store=store, graph=graph)
 
     progress.stage("quality: reference against full precision")
-    quality = _quality_by_target(chosen, graph, store, text_ids, context=plan.context, progress=progress)
+    quality = _quality_by_target(chosen, material, progress=progress)
 
-    return [
-        _export_one(target, plan, graph, store, tokenizer, text_ids, quality[target.name], progress)
-        for target in chosen
-    ]
+    return [_export_one(target, material, quality=quality[target.name], progress=progress) for target in chosen]
 
 
-def _export_one(
-    target: Target,
-    plan: Plan,
-    graph: Graph,
-    store: WeightStore,
-    tokenizer: Tokenizer,
-    text_ids: list[int],
-    quality: Report,
-    progress: Progress,
-) -> Outcome:
-    """Lower and prove one target, and put its bundle in place: whole, or as ``<target>.failed``."""
-    good, bad = plan.out / target.name, plan.out / f"{target.name}.failed"
-    with folder_in_progress(plan.out, target.name) as folder:
+def _export_one(target: Target, material: Material, *, quality: Report, progress: Progress) -> Outcome:
+    """Lower and prove one target, and put its bundle in place: as ``<target>``, or as ``<target>.failed``."""
+    out = material.plan.out
+    good, bad = out / target.name, out / f"{target.name}.failed"
+    with folder_in_progress(out, target.name) as folder:
         try:
-            progress.stage(f"{target.name}: lowering")
-            artifact = target.lower(graph, store, plan, folder)
-            copy_tokenizer(tokenizer, folder)
-
-            progress.stage(f"{target.name}: reference")
-            answers = ask_reference(graph, store, artifact, drive_for(text_ids, context=plan.context))
-            goldens = make_goldens(answers, graph=graph, store=store, artifact=artifact, tokenizer=tokenizer)
-            goldens.write(folder)
-
-            progress.stage(f"{target.name}: codes")
-            codes = prove_codes(target, artifact, expected=goldens.weight_sha256)
-            progress.stage(f"{target.name}: parity")
-            parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=plan)
-            progress.stage(f"{target.name}: latency")
-            latency = prove_latency(target, artifact, ids=text_ids, threads=plan.threads)
-
-            verdicts = Verdicts(codes=codes, parity=parity, quality=quality, latency=latency)
-            manifest = write_manifest(
-                folder,
-                artifact=artifact,
-                checkpoint=store.checkpoint,
-                algorithm=_algorithm(plan.scheme),
-                verdicts=verdicts,
-            )
+            manifest = _make_bundle(target, material, folder, quality=quality, progress=progress)
             outcome = Outcome(target=target.name, folder=good, manifest=manifest)
         except ExportError as error:
             write_json(folder / "failure.json", {"error": str(error), "hint": error.hint, "exit_code": error.exit_code})
             outcome = Outcome(target=target.name, folder=bad, error=error)
         if outcome.exit_code:
             put_in_place(folder, bad)
-            return Outcome(target=target.name, folder=bad, manifest=outcome.manifest, error=outcome.error)
+            return replace(outcome, folder=bad)
         put_in_place(folder, good)
         if bad.exists():
             shutil.rmtree(bad)  # it was of an earlier run
         return outcome
+
+
+def _make_bundle(
+    target: Target, material: Material, folder: Path, *, quality: Report, progress: Progress
+) -> dict[str, Any]:
+    """Fill ``folder`` with the artifact, its goldens and a manifest with its four verdicts; give the manifest."""
+    plan, store, graph = material.plan, material.store, material.graph
+    progress.stage(f"{target.name}: lowering")
+    artifact = target.lower(graph, store, plan, folder)
+    copy_tokenizer(material.tokenizer, folder)
+
+    progress.stage(f"{target.name}: reference")
+    answers = ask_reference(graph, store, artifact, drive_for(material.text_ids, context=plan.context))
+    goldens = make_goldens(answers, graph=graph, store=store, artifact=artifact, tokenizer=material.tokenizer)
+    goldens.write(folder)
+
+    progress.stage(f"{target.name}: codes")
+    codes = prove_codes(target, artifact, expected=goldens.weight_sha256)
+    progress.stage(f"{target.name}: parity")
+    parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=plan)
+    progress.stage(f"{target.name}: latency")
+    latency = prove_latency(target, artifact, ids=material.text_ids, threads=plan.threads)
+
+    verdicts = Verdicts(codes=codes, parity=parity, quality=quality, latency=latency)
+    algorithm = ALGORITHM if plan.scheme.body.bits else "none"
+    return write_manifest(
+        folder, artifact=artifact, checkpoint=store.checkpoint, algorithm=algorithm, verdicts=verdicts
+    )
 
 
 def validate(
@@ -174,21 +181,8 @@ def validate(
     artifact = read_artifact(manifest, path=target.find(bundle))
     goldens = Goldens.read(bundle)
     if against is None:
-        progress.stage("codes")
-        codes = prove_codes(target, artifact, expected=goldens.weight_sha256)
-        progress.stage("parity")
-        parity = prove_parity_by_goldens(target, artifact, goldens, threads=threads)
-        quality = Report(
-            verdict=Verdict.NOT_MEASURED,
-            reason="quality needs the checkpoint: name it with --against",
-            figures=dict.fromkeys(("mean_kl_nats", "p99_kl_nats", "top1_agreement", "perplexity")),
-        )
+        codes, parity, quality = _prove_alone(target, artifact, goldens, threads=threads, progress=progress)
     else:
-        progress.stage("reading the checkpoint")
-        checkpoint = open_checkpoint(against)
-        _check_source(manifest, checkpoint, bundle=bundle)
-        store, _ = quantize(checkpoint, artifact.scheme, root=store_root, on_part=progress.advance)
-        graph = trace(checkpoint.spec)
         plan = Plan(
             checkpoint=against,
             targets=(artifact.target,),
@@ -200,20 +194,49 @@ def validate(
             evaluation_text=evaluation_text,
             threads=threads,
         )
-        progress.stage("codes")
-        codes = prove_codes(target, artifact, expected=weight_digests(store))
-        progress.stage("parity")
-        answers = ask_reference(graph, store, artifact, goldens.drive)
-        parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=plan)
-        progress.stage("quality")
-        tokenizer = Tokenizer(bundle)
-        text_ids = _read_evaluation_text(evaluation_text, tokenizer, spec=checkpoint.spec)
-        reports = _quality_by_target([target], graph, store, text_ids, context=artifact.context, progress=progress)
-        quality = reports[target.name]
+        progress.stage("reading the checkpoint")
+        checkpoint = open_checkpoint(against)
+        _check_source(manifest, checkpoint, bundle=bundle)
+        codes, parity, quality = _prove_against(checkpoint, plan, target, artifact, goldens, progress=progress)
     progress.stage("latency")
     latency = prove_latency(target, artifact, ids=goldens.drive.ids, threads=threads)
     verdicts = Verdicts(codes=codes, parity=parity, quality=quality, latency=latency)
     return Outcome(target=target.name, folder=bundle, manifest={**manifest, **verdicts.to_json()})
+
+
+def _prove_alone(
+    target: Target, artifact: Artifact, goldens: Goldens, *, threads: int, progress: Progress
+) -> tuple[Report, Report, Report]:
+    """Codes, parity and quality, as far as the bundle itself can tell."""
+    progress.stage("codes")
+    codes = prove_codes(target, artifact, expected=goldens.weight_sha256)
+    progress.stage("parity")
+    parity = prove_parity_by_goldens(target, artifact, goldens, threads=threads)
+    quality = Report(
+        verdict=Verdict.NOT_MEASURED,
+        reason="quality needs the checkpoint: name it with --against",
+        figures=dict.fromkeys(("mean_kl_nats", "p99_kl_nats", "top1_agreement", "perplexity")),
+    )
+    return codes, parity, quality
+
+
+def _prove_against(
+    checkpoint: Checkpoint, plan: Plan, target: Target, artifact: Artifact, goldens: Goldens, *, progress: Progress
+) -> tuple[Report, Report, Report]:
+    """Codes, parity and quality against a reference with the checkpoint's own weights."""
+    tokenizer = Tokenizer(artifact.path.parent)
+    text_ids = _read_evaluation_text(plan.evaluation_text, tokenizer, spec=checkpoint.spec)
+    store, _ = quantize(checkpoint, plan.scheme, root=plan.store, on_part=progress.advance)
+    graph = trace(checkpoint.spec)
+    progress.stage("codes")
+    codes = prove_codes(target, artifact, expected=weight_digests(store))
+    progress.stage("parity")
+    answers = ask_reference(graph, store, artifact, goldens.drive)
+    parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=plan)
+    progress.stage("quality")
+    material = Material(plan=plan, tokenizer=tokenizer, text_ids=text_ids, store=store, graph=graph)
+    quality = _quality_by_target([target], material, progress=progress)[target.name]
+    return codes, parity, quality
 
 
 def refuse_early(plan: Plan, spec: ModelSpec, chosen: list[Target]) -> None:
@@ -289,14 +312,13 @@ def _read_evaluation_text(path: Path, tokenizer: Tokenizer, *, spec: ModelSpec) 
     return ids
 
 
-def _quality_by_target(
-    chosen: list[Target], graph: Graph, store: WeightStore, text_ids: list[int], *, context: int, progress: Progress
-) -> dict[str, Report]:
-    checkpoint = store.checkpoint
-    full_key = StoreKey(source_sha256=checkpoint.sha256, scheme=_FULL, algorithm="")
-    full = WeightStore(checkpoint=checkpoint, key=full_key, root=store.folder.parent)
+def _quality_by_target(chosen: list[Target], material: Material, *, progress: Progress) -> dict[str, Report]:
+    """Before anything is lowered: it depends on codes and arithmetic alone."""
+    store, graph, checkpoint = material.store, material.graph, material.store.checkpoint
+    key = StoreKey(source_sha256=checkpoint.sha256, scheme=_FULL, algorithm="none")
+    full = WeightStore(checkpoint=checkpoint, key=key, root=material.plan.store)
     return measure_quality(
-        evaluation_windows(text_ids, bos=graph.spec.bos_token_id, context=context),
+        evaluation_windows(material.text_ids, bos=graph.spec.bos_token_id, context=material.plan.context),
         truth=Reference(graph, full, FULL_PRECISION),
         candidates={target.name: Reference(graph, store, target.arithmetic(store.scheme)) for target in chosen},
         precision=store.scheme.body,
@@ -312,7 +334,3 @@ def _check_source(manifest: Mapping[str, Any], checkpoint: Checkpoint, *, bundle
             f"{checkpoint.folder} has {checkpoint.sha256[:16]}...",
             hint="name the checkpoint that the bundle was made from",
         )
-
-
-def _algorithm(scheme: WeightScheme) -> str:
-    return ALGORITHM if scheme.body.bits else "none"

@@ -78,6 +78,20 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
+def make_artifact(target: Target, *, spec: ModelSpec, plan: Plan, path: Path) -> Artifact:
+    """What ``target`` has written at ``path`` for ``plan``, on its default backend."""
+    return Artifact(
+        target=target.name,
+        backend=target.backends[0],
+        path=path,
+        spec=spec,
+        scheme=plan.scheme,
+        arithmetic=target.arithmetic(plan.scheme),
+        context=plan.context,
+        logits=plan.logits,
+    )
+
+
 class Target(Protocol):
     """One toolchain that turns a graph and its weights into a file that a device runs."""
 

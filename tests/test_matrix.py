@@ -1,4 +1,4 @@
-"""Every option of an export on every target, end to end on the trained sample: codes and parity hold for all of them."""
+"""Every option of an export on every target, end to end on the trained sample; and the wheel."""
 
 from __future__ import annotations
 

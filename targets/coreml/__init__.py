@@ -6,6 +6,7 @@ Light to import: coremltools and what needs it come in only where they are used.
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -18,12 +19,17 @@ from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Pr
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
     from exporter.store import StoredWeight, WeightStore
-    from targets.base import Runner
+    from targets.base import Runner, Target
 
 _PACKAGE = "model.mlpackage"
 
 
-class CoreML:
+def executes_here() -> bool:
+    """Whether this host has a Core ML that knows states: macOS 15 and later. Elsewhere the evaluator stands in."""
+    return sys.platform == "darwin" and int(platform.mac_ver()[0].split(".")[0]) >= 15
+
+
+class CoreMLTarget:
     name: ClassVar[str] = "coreml"
     backends: ClassVar[tuple[str, ...]] = ("gpu",)
     format: ClassVar[str] = ".mlpackage, an ML Program for iOS 18 and macOS 15"
@@ -43,6 +49,7 @@ class CoreML:
         )
 
     def lower(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> Artifact:
+        from targets.base import make_artifact
         from targets.coreml.lower import lower
 
         arithmetic = self.arithmetic(plan.scheme)
@@ -51,16 +58,7 @@ class CoreML:
             unfinished = folder / path.name
             lower(graph, store, plan, unfinished, compute_dtype=arithmetic.compute_dtype)
             put_in_place(unfinished, path)
-        return Artifact(
-            target=self.name,
-            backend=self.backends[0],
-            path=path,
-            spec=graph.spec,
-            scheme=plan.scheme,
-            arithmetic=arithmetic,
-            context=plan.context,
-            logits=plan.logits,
-        )
+        return make_artifact(self, spec=graph.spec, plan=plan, path=path)
 
     def find(self, bundle: Path) -> Path:
         return bundle / _PACKAGE
@@ -72,14 +70,14 @@ class CoreML:
 
     def runtime(self) -> str:
         version = importlib.metadata.version("coremltools")
-        if sys.platform == "darwin":
+        if executes_here():
             return f"Core ML, MLModel.predict of coremltools {version}"
         return f"MIL evaluator (reference-evaluated, not run by Core ML), package of coremltools {version}"
 
     def open(self, artifact: Artifact, *, threads: int) -> AbstractContextManager[Runner]:
         """Core ML chooses its own threads; the evaluator is never measured."""
         from targets.coreml.evaluate import Rounding
-        from targets.coreml.runner import CoreMLRunner, executes_here, run_with_core_ml, run_with_evaluator
+        from targets.coreml.runner import CoreMLRunner, run_with_core_ml, run_with_evaluator
 
         if executes_here():
             return CoreMLRunner(artifact, lambda: run_with_core_ml(artifact.path))
@@ -100,9 +98,9 @@ class CoreML:
         return CoreMLRunner(artifact, lambda: run_with_evaluator(artifact.path, Rounding.NONE))
 
     def latency_unmeasurable(self) -> str | None:
-        if sys.platform == "darwin":
+        if executes_here():
             return None
-        return "Core ML runs on macOS only; the evaluator's time says nothing about it"
+        return "Core ML runs these packages on macOS 15 and later only; the evaluator's time says nothing about it"
 
 
-TARGET = CoreML()
+TARGET: Target = CoreMLTarget()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,11 +38,6 @@ def run_with_core_ml(path: Path) -> Predict:
         return torch.from_numpy(outputs["logits"])
 
     return predict
-
-
-def executes_here() -> bool:
-    """Whether this host has Core ML."""
-    return sys.platform == "darwin"
 
 
 class CoreMLRunner:

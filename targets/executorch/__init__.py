@@ -44,20 +44,12 @@ class ExecuTorchTarget:
         )
 
     def lower(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> Artifact:
+        from targets.base import make_artifact
         from targets.executorch.lower import write_program
 
         path = out / FILE_NAME
         write_program(graph, store, path, context=plan.context, logits=plan.logits)
-        return Artifact(
-            target=self.name,
-            backend=self.backends[0],
-            path=path,
-            spec=graph.spec,
-            scheme=plan.scheme,
-            arithmetic=self.arithmetic(plan.scheme),
-            context=plan.context,
-            logits=plan.logits,
-        )
+        return make_artifact(self, spec=graph.spec, plan=plan, path=path)
 
     def find(self, bundle: Path) -> Path:
         return bundle / FILE_NAME

@@ -13,7 +13,7 @@ from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Pr
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
     from exporter.store import StoredWeight, WeightStore
-    from targets.base import Runner
+    from targets.base import Runner, Target
 
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
 
@@ -38,6 +38,7 @@ class OnnxRuntimeTarget:
         return Arithmetic(activations=activations, compute_dtype="fp32", kv_dtype="fp32")
 
     def lower(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> Artifact:
+        from targets.base import make_artifact
         from targets.onnxruntime.genai import genai_config
         from targets.onnxruntime.lower import lower
 
@@ -45,16 +46,7 @@ class OnnxRuntimeTarget:
         lower(graph, store, plan, path=path, data_name=DATA)
         config = genai_config(graph.spec, context=plan.context, filename=MODEL)
         (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        return Artifact(
-            target=self.name,
-            backend=self.backends[0],
-            path=path,
-            spec=graph.spec,
-            scheme=plan.scheme,
-            arithmetic=self.arithmetic(plan.scheme),
-            context=plan.context,
-            logits=plan.logits,
-        )
+        return make_artifact(self, spec=graph.spec, plan=plan, path=path)
 
     def find(self, bundle: Path) -> Path:
         return bundle / MODEL
@@ -85,4 +77,4 @@ class OnnxRuntimeTarget:
         return None
 
 
-TARGET = OnnxRuntimeTarget()
+TARGET: Target = OnnxRuntimeTarget()

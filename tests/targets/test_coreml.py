@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -526,7 +527,7 @@ def test_core_ml_is_given_the_features_and_one_state(int4: Exported, monkeypatch
             calls.append(inputs)
             return {"logits": np.zeros((1, inputs["inputIds"].shape[1], 160), dtype=np.float16)}
 
-    monkeypatch.setattr(module, "executes_here", lambda: True)
+    monkeypatch.setattr("targets.coreml.executes_here", lambda: True)
     monkeypatch.setattr(
         module, "ct", SimpleNamespace(models=SimpleNamespace(MLModel=Model), ComputeUnit=module.ct.ComputeUnit)
     )
@@ -543,9 +544,8 @@ def test_core_ml_is_given_the_features_and_one_state(int4: Exported, monkeypatch
 def test_a_package_that_core_ml_does_not_load_is_a_matter_of_the_host(
     int4: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from targets.coreml import runner as module
 
-    monkeypatch.setattr(module, "executes_here", lambda: True)
+    monkeypatch.setattr("targets.coreml.executes_here", lambda: True)
     with pytest.raises(HostError, match="Core ML does not load"):
         TARGET.open(dataclasses.replace(int4.artifact, path=int4.artifact.path / "none"), threads=1)
 
@@ -587,9 +587,17 @@ def test_a_context_of_one_position_is_refused(gqa: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize(
-    ("platform", "runtime"), [("linux", "reference-evaluated, not run by Core ML"), ("darwin", "MLModel")]
+    ("system", "release", "runtime"),
+    [
+        ("linux", "", "reference-evaluated, not run by Core ML"),
+        ("darwin", "14.6", "reference-evaluated, not run by Core ML"),
+        ("darwin", "15.0", "MLModel"),
+    ],
 )
-def test_the_evaluator_is_never_taken_for_core_ml(platform: str, runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", platform)
+def test_the_evaluator_is_never_taken_for_core_ml(
+    system: str, release: str, runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "mac_ver", lambda: (release, ("", "", ""), ""))
     assert runtime in TARGET.runtime()
-    assert (TARGET.latency_unmeasurable() is None) == (platform == "darwin")
+    assert (TARGET.latency_unmeasurable() is None) == (runtime == "MLModel")
