@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from exporter import interrupt
 from exporter.errors import INTERRUPTED, ExportError, InputError, UsageError, gravest
 from exporter.spec import GROUP_SIZES, Logits, Plan, Precision, WeightScheme
 
@@ -203,7 +203,7 @@ def list_targets(*, as_json: JsonOption = False) -> None:
 
 def main() -> None:
     """The console script."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed run cleans up as an interrupted one does
+    interrupt.listen()
     app()
 
 
@@ -252,8 +252,12 @@ def _reporting() -> Iterator[Any]:
     from exporter.progress import TerminalProgress
 
     try:
-        with TerminalProgress() as progress:
-            yield progress
+        try:
+            with TerminalProgress() as progress:
+                yield progress
+        except Exception:
+            interrupt.check()  # it may be what native code made of one
+            raise
     except ExportError as error:
         _fail(error)
     except KeyboardInterrupt:
@@ -262,10 +266,8 @@ def _reporting() -> Iterator[Any]:
     except OSError as error:
         from exporter.files import disk_full
 
-        _fail(
-            disk_full(error)
-            or InputError(f"{error.strerror}: {error.filename}", hint="check the path and its permissions")
-        )
+        hint = "check the path and its permissions"
+        _fail(disk_full(error) or InputError(f"{error.strerror}: {error.filename}", hint=hint))
 
 
 def _fail(error: ExportError) -> None:

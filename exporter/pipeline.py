@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import targets
 from calibration.layers import ALGORITHM, quantize
+from exporter import interrupt
 from exporter.bundle import (
     Goldens,
     Verdicts,
@@ -125,6 +126,7 @@ def _export_one(target: Target, material: Material, *, quality: Report, progress
             manifest = _make_bundle(target, material, folder, quality=quality, progress=progress)
             outcome = Outcome(target=target.name, folder=good, manifest=manifest)
         except ExportError as error:
+            interrupt.check()  # then the others are not to go on
             write_json(folder / "failure.json", {"error": str(error), "hint": error.hint, "exit_code": error.exit_code})
             outcome = Outcome(target=target.name, folder=bad, error=error)
         if outcome.exit_code:

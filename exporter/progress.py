@@ -7,6 +7,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from exporter import interrupt
+
 
 class TerminalProgress:
     """Implements ``exporter.pipeline.Progress``; silent, but for notes, when stderr is no terminal."""
@@ -24,6 +26,7 @@ class TerminalProgress:
         self._task: TaskID | None = None
 
     def stage(self, title: str) -> None:
+        interrupt.check()
         self._finish()
         self._task = self._bars.add_task(title, total=None)
 

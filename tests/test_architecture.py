@@ -12,7 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("exporter.errors", "exporter.spec", "exporter.metrics", "exporter.quantized", "exporter.files"),
+    (
+        "exporter.errors",
+        "exporter.spec",
+        "exporter.metrics",
+        "exporter.quantized",
+        "exporter.files",
+        "exporter.interrupt",
+    ),
     ("exporter.model", "exporter.checkpoint", "exporter.store", "exporter.tokenizer"),
     ("calibration",),
     ("targets",),

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from exporter.checkpoint import huggingface
 from exporter.checkpoint.config import read_spec
-from exporter.errors import InputError
 from exporter.files import sha256
 from exporter.spec import ModelSpec
 
@@ -42,11 +41,5 @@ class Checkpoint:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read config and tensor headers of a checkpoint and check them against each other. Raises InputError."""
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
-        raise InputError(
-            f"checkpoint {folder}: found {found}, a folder was expected",
-            hint="name a folder in Hugging Face layout: config.json, *.safetensors, tokenizer.json",
-        )
     spec = read_spec(folder)
     return Checkpoint(folder=folder, spec=spec, tensors=huggingface.map_tensors(folder, spec))

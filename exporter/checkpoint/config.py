@@ -17,6 +17,8 @@ _ROPE_KEYS = {
 }
 """The parameters each kind of RoPE scaling takes, all of them required."""
 
+_LAYOUT = "name a folder in Hugging Face layout: config.json, *.safetensors, tokenizer.json"
+
 _ONLY = {
     "model_type": ("llama",),
     "hidden_act": ("silu",),
@@ -34,10 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(
-            f"{path.parent} has no {path.name}",
-            hint="name a folder in Hugging Face layout: config.json, *.safetensors, tokenizer.json",
-        ) from None
+        raise InputError(f"{path.parent} has no {path.name}", hint=_LAYOUT) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not JSON: {error}", hint="copy the file from the checkpoint again") from error
     if not isinstance(content, dict):
@@ -50,6 +49,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_spec(folder: Path) -> ModelSpec:
     """The ModelSpec of a folder in Hugging Face layout. Raises InputError with the field, its value and those known."""
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise InputError(f"checkpoint {folder}: found {found}, a folder was expected", hint=_LAYOUT)
     path = folder / "config.json"
     config = read_json(path)
     for field, known in _ONLY.items():

@@ -18,9 +18,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import targets
-from exporter import pipeline
+from exporter import interrupt, pipeline
 from exporter.cli import app
-from exporter.errors import ExportError, gravest
+from exporter.errors import ExportError, LoweringError, gravest
 from tests.conftest import Toy
 
 RUNNER = CliRunner()
@@ -183,15 +183,25 @@ def export_process(*words: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.toolchain
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("stage", ["store", "out"])
-def test_an_interrupt_leaves_nothing_half_written(sent: signal.Signals, stage: str, tmp_path: Path) -> None:
-    """Sent when the first file of the store, or the folder of the artifact in progress, is seen."""
+@pytest.mark.parametrize(
+    ("target", "seen"),
+    [
+        ("onnxruntime", "store/*/*"),  # quantizing
+        ("onnxruntime", "out/.*"),  # lowering
+        ("executorch", "out/.*"),
+        ("coreml", "out/.*"),
+        ("executorch", "out/.*/model.pte"),  # proving, in a process of its own
+        ("coreml", "out/.*/model.mlpackage"),
+    ],
+)
+def test_an_interrupt_leaves_nothing_half_written(sent: signal.Signals, target: str, seen: str, tmp_path: Path) -> None:
+    """Sent when the first file that matches ``seen`` is there."""
     out, store = tmp_path / "out", tmp_path / "store"
-    process = export_process("-t", "onnxruntime", "-o", out, "--store", store)
-    seen = store if stage == "store" else out
+    process = export_process("-t", target, "-o", out, "--store", store)
     deadline = time.monotonic() + 120
-    while not (seen.exists() and any(seen.iterdir())) and process.poll() is None and time.monotonic() < deadline:
+    while not any(tmp_path.glob(seen)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(sent)
     _, stderr = process.communicate(timeout=60)
@@ -200,6 +210,21 @@ def test_an_interrupt_leaves_nothing_half_written(sent: signal.Signals, stage: s
     assert "Traceback" not in stderr
     assert not out.exists() or list(out.iterdir()) == []
     assert list(store.rglob(".*")) == []
+
+
+def test_an_interrupt_that_native_code_turned_into_an_error_is_still_one(
+    complete_toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        monkeypatch.setattr(interrupt, "_received", True)
+        raise LoweringError("could not determine the shape of object", hint="")
+
+    monkeypatch.setattr(type(targets.load("onnxruntime")), "lower", interrupted)
+    out = tmp_path / "out"
+    result = run(complete_toy.folder, "-t", "onnxruntime", "-o", out, "--store", tmp_path / "store")
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
+    assert list(out.iterdir()) == []
 
 
 @pytest.mark.toolchain
@@ -219,8 +244,6 @@ def test_a_toy_goes_through_with_json_on_stdout_alone(complete_toy: Toy, tmp_pat
 def test_when_one_target_fails_the_others_are_finished_and_what_it_left_is_kept(
     complete_toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from exporter.errors import LoweringError
-
     broken = targets.load("executorch")
 
     def fail(*arguments: Any) -> None:
