@@ -27,7 +27,7 @@ from exporter.codes import weight_digests
 from exporter.errors import CapacityError, ExportError, InputError, UsageError, gravest
 from exporter.files import folder_in_progress, put_in_place
 from exporter.model.graph import Graph
-from exporter.model.reference import FULL_PRECISION, Reference
+from exporter.model.reference import FULL_PRECISION, KEEP_BYTES, Reference
 from exporter.model.trace import trace
 from exporter.parity import drive_for
 from exporter.prove import (
@@ -319,10 +319,14 @@ def _quality_by_target(chosen: list[Target], material: Material, *, progress: Pr
     store, graph, checkpoint = material.store, material.graph, material.store.checkpoint
     key = StoreKey(source_sha256=checkpoint.sha256, scheme=_FULL, algorithm="none")
     full = WeightStore(checkpoint=checkpoint, key=key, root=material.plan.store)
+    keep_bytes = KEEP_BYTES // (len(chosen) + 1)  # they are all in memory at once
     return measure_quality(
         evaluation_windows(material.text_ids, bos=graph.spec.bos_token_id, context=material.plan.context),
-        truth=Reference(graph, full, FULL_PRECISION),
-        candidates={target.name: Reference(graph, store, target.arithmetic(store.scheme)) for target in chosen},
+        truth=Reference(graph, full, FULL_PRECISION, keep_bytes=keep_bytes),
+        candidates={
+            target.name: Reference(graph, store, target.arithmetic(store.scheme), keep_bytes=keep_bytes)
+            for target in chosen
+        },
         precision=store.scheme.body,
         on_window=progress.advance,
     )

@@ -22,9 +22,9 @@ from exporter.store import StoredWeight
 FULL_PRECISION = Arithmetic(activations=Activations.FLOAT, compute_dtype="fp32", kv_dtype="fp32")
 """float32 throughout: with a float32 store, the model itself."""
 
-_KEEP_BYTES = 4 << 30
-"""Dequantized weights kept between calls, up to this size: a bundled or 1B model decodes from memory; what does not
-fit is dequantized again at each call."""
+KEEP_BYTES = 4 << 30
+"""Dequantized weights that references keep between calls: most of a 1B model; what does not fit is dequantized again
+at each call."""
 
 
 class Weights(Protocol):
@@ -40,7 +40,15 @@ class Reference:
     floor under which no artifact can be expected to agree (a flipped rounding of an activation is amplified).
     """
 
-    def __init__(self, graph: Graph, weights: Weights, arithmetic: Arithmetic, *, noise: float = 0.0) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Weights,
+        arithmetic: Arithmetic,
+        *,
+        noise: float = 0.0,
+        keep_bytes: int = KEEP_BYTES,
+    ) -> None:
         self._graph = graph
         self._weights = weights
         self._arithmetic = arithmetic
@@ -48,6 +56,7 @@ class Reference:
         self._generator = torch.Generator().manual_seed(0)
         self._kept: dict[str, _DenseWeight] = {}
         self._kept_bytes = 0
+        self._keep_bytes = keep_bytes
         self._caches = self._empty_caches()
         self._table: Table = {
             "embedding": lambda ids, weight: F.embedding(ids, self._dense(weight).values),
@@ -112,7 +121,7 @@ class Reference:
             dense = _DenseWeight(values=values, group_size=stored.group_size)
         else:
             dense = _DenseWeight(values=stored.float(), group_size=None)
-        if self._kept_bytes + dense.values.nbytes <= _KEEP_BYTES:
+        if self._kept_bytes + dense.values.nbytes <= self._keep_bytes:
             self._kept[weight.name] = dense
             self._kept_bytes += dense.values.nbytes
         return dense
