@@ -36,6 +36,8 @@ def quantize(
             made += 1
         if on_part:
             on_part(done, len(parts))
+    if made:
+        store.write_summary()
     return store, made
 
 

@@ -24,7 +24,7 @@ from exporter.bundle import (
 )
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.codes import weight_digests
-from exporter.errors import CapacityError, ExportError, InputError, UsageError, gravest
+from exporter.errors import BudgetError, CapacityError, ExportError, InputError, ParityError, UsageError, gravest
 from exporter.files import folder_in_progress, put_in_place
 from exporter.model.graph import Graph
 from exporter.model.reference import FULL_PRECISION, KEEP_BYTES, Reference
@@ -45,7 +45,8 @@ from exporter.tokenizer import Tokenizer
 from targets.base import Target
 
 _FULL = WeightScheme(body=Precision.FP32, embedding=Precision.FP32, head=Precision.FP32, group_size=32)
-_EXIT_CODES = {"codes": 7, "parity": 7, "quality": 8, "latency": 8}
+_FAILURES = {"codes": ParityError, "parity": ParityError, "quality": BudgetError, "latency": BudgetError}
+"""What it means when the verdict of that kind is *failed*."""
 
 
 class Progress(Protocol):
@@ -74,8 +75,8 @@ class Outcome:
     def exit_code(self) -> int:
         if self.error or self.manifest is None:
             return self.error.exit_code if self.error else 0
-        failed = [code for kind, code in _EXIT_CODES.items() if self.manifest[kind]["verdict"] == Verdict.FAILED]
-        return gravest(failed)
+        failed = [kind for kind in _FAILURES if self.manifest[kind]["verdict"] == Verdict.FAILED]
+        return gravest(_FAILURES[kind].exit_code for kind in failed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

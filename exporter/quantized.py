@@ -44,10 +44,6 @@ class QuantizedTensor:
         rows, columns = self.codes.shape
         return rows, columns
 
-    @property
-    def per_row(self) -> bool:
-        return self.scales.shape[1] == 1
-
     def dequantize(self) -> Tensor:
         """float32 ``[N, K]``: code times the scale of its group, exact in float32."""
         grouped = self.codes.view(self.shape[0], -1, self.group_size).float()

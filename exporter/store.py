@@ -19,7 +19,7 @@ from torch import Tensor
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import InputError
-from exporter.files import save_tensors
+from exporter.files import save_tensors, written_whole
 from exporter.quantized import QuantizedTensor, pack_int4, unpack_int4
 from exporter.spec import ModelSpec, Precision, WeightScheme
 
@@ -101,6 +101,12 @@ class WeightStore:
                 with safe_open(self.part_file(layer), framework="pt") as part:
                     errors |= json.loads(part.metadata()["errors"])
         return errors
+
+    def write_summary(self) -> None:
+        """``store.json``: what the codes beside it are, and the error of each tensor; for people and other tools."""
+        summary = {"format": FORMAT_VERSION, **asdict(self.key), "relative_error": self.read_errors()}
+        with written_whole(self.folder / "store.json") as path:
+            path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
     def _is_matrix(self, name: str) -> bool:
         return len(self.spec.weights()[name]) == 2

@@ -52,10 +52,6 @@ class Tokenizer:
         return text
 
     @property
-    def vocabulary_size(self) -> int:
-        return len(self._tokenizer)
-
-    @property
     def chat_template(self) -> str | None:
         template = self._tokenizer.chat_template
         return template if isinstance(template, str) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -128,6 +129,10 @@ def test_errors_of_each_tensor_lie_beside_its_codes(make_toy: Callable[..., Toy]
     expected = (weight - stored.dequantize()).square().sum() / weight.square().sum()
     assert errors[name] == pytest.approx(expected.item(), rel=1e-5)
     assert 0.001 < errors[name] < 0.02  # int4 in groups of 32 of Gaussian weights
+    summary = json.loads((store.folder / "store.json").read_text())
+    assert summary["relative_error"] == errors
+    assert summary["scheme"]["body"] == "int4"
+    assert summary["source_sha256"] == checkpoint.sha256
 
 
 def test_weights_that_are_not_finite_are_refused(make_toy: Callable[..., Toy], tmp_path: Path) -> None:
