@@ -561,16 +561,18 @@ def test_closing_a_runner_ends_its_process(toy: Callable[[str], Lowered]) -> Non
 
 
 @pytest.mark.toolchain
-def test_executorchs_own_runner_gives_the_text_that_the_reference_gives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prompt", ["Mr. President", "the Congress of the"])  # answered without a near tie
+def test_executorchs_own_runner_gives_the_text_that_the_reference_gives(prompt: str, tmp_path: Path) -> None:
     """The C++ runner of the Android and iOS libraries, in a process of its own: it may abort."""
     scheme = scheme_of("int4", embedding="int8", head="int8")
     lowered = Lowered(BUNDLED_MODEL, scheme, Logits.LAST, context=256, out=tmp_path)
     tokenizer = Tokenizer.from_file(str(BUNDLED_MODEL / "tokenizer.json"))
-    prompt, count = "The history of the", 24
+    count = 12
     ids = tokenizer.encode(prompt).ids
-    stops = lowered.graph.spec.eos_token_ids
-    answer = lowered.reference().greedy(ids, count=count, stops=stops)
-    expected = tokenizer.decode([token for token, _ in answer if token not in stops])
+    answer = lowered.reference().greedy(ids, count=count, stops=lowered.graph.spec.eos_token_ids)
+    assert min(margin for _, margin in answer) > 0.25
+    expected = tokenizer.decode([token for token, _ in answer])
+    assert expected.isascii()
     script = """
 import sys, warnings
 warnings.simplefilter("ignore")
