@@ -26,7 +26,7 @@ class DefaultsToExport(TyperGroup):
     """``llama-export CHECKPOINT --target ...`` means ``llama-export export CHECKPOINT --target ...``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        own = {"--help", "--version", "--install-completion", "--show-completion"}
+        own = {"--help", "--version"}
         if args and args[0] not in self.commands and args[0] not in own:
             args = ["export", *args]
         return super().parse_args(ctx, args)
