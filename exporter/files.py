@@ -51,7 +51,11 @@ def put_in_place(folder: Path, destination: Path) -> None:
     if destination.exists():
         old = folder.with_name(folder.name + ".old")
         destination.rename(old)
-        folder.rename(destination)
+        try:
+            folder.rename(destination)
+        except BaseException:
+            old.rename(destination)
+            raise
         shutil.rmtree(old)
     else:
         folder.rename(destination)

@@ -269,11 +269,15 @@ def _refuse_groups(scheme: WeightScheme, spec: ModelSpec) -> None:
 
 
 def _refuse_folder(plan: Plan) -> None:
-    """The output folder may hold our own bundles of an earlier run, which are replaced, and nothing else."""
+    """The output folder may hold our own bundles of an earlier run, which are replaced, and nothing else; but for what
+    a run that was killed outright may have left hidden there, which is passed over."""
     if plan.out.exists() and not plan.out.is_dir():
         raise InputError(f"output {plan.out} is a file, a folder was expected", hint="name another folder with -o")
     known = {f"{name}{suffix}" for name in targets.NAMES for suffix in ("", ".failed")}
+    left_over = tuple(f".{name}." for name in targets.NAMES)
     for path in sorted(plan.out.iterdir()) if plan.out.exists() else []:
+        if path.name.startswith(left_over):
+            continue
         ours = path.name in known and path.is_dir()
         whole = path.name.endswith(".failed") or is_bundle(path) if ours else False
         if not whole:

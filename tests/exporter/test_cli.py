@@ -117,6 +117,14 @@ def test_an_output_folder_with_other_files_is_left_alone(tmp_path: Path) -> None
     assert_refused(run("-t", "coreml", "-o", out / "notes.txt"), code=3, says="is a file, a folder was expected")
 
 
+@pytest.mark.toolchain
+def test_what_a_killed_run_left_hidden_does_not_stop_the_next(complete_toy: Toy, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / ".onnxruntime.k1ll3d").mkdir(parents=True)
+    words = (complete_toy.folder, "-t", "onnxruntime", "-p", "fp32", "-o", out, "--store", tmp_path / "store")
+    assert run(*words).exit_code == 0
+
+
 @pytest.mark.parametrize("content", [b"", b"too short", b"\xff\xfe\xfa" * 1000])
 def test_an_evaluation_text_that_is_none_is_refused(content: bytes, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"

@@ -48,6 +48,15 @@ def test_a_folder_replaces_the_one_that_stood_there_and_what_is_left_in_progress
     assert list(tmp_path.iterdir()) == [place]
 
 
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path: Path) -> None:
+    place = tmp_path / "bundle"
+    place.mkdir()
+    (place / "file").write_text("first")
+    with pytest.raises(FileNotFoundError):
+        put_in_place(tmp_path / "absent", place)
+    assert (place / "file").read_text() == "first"
+
+
 def test_tensors_and_digests_are_what_others_make_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "tensors.safetensors"
     tensors = {"a": torch.arange(5), "b": torch.ones(2, 3, dtype=torch.bfloat16)}
