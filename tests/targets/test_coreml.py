@@ -58,7 +58,8 @@ class Exported:
 
 def save_checkpoint(folder: Path, *, tied: bool = True, kv_heads: int = 2, head_dim: int = 16) -> Checkpoint:
     """A random Llama with logits as wide as a trained one's, and norms that are not all ones."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     torch.manual_seed(kv_heads)
     config = transformers.LlamaConfig(
         vocab_size=160,

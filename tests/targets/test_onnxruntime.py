@@ -180,7 +180,8 @@ CLEAR_STARTS = ("Mr. President", "the Congress of the")
 
 
 def test_onnxruntime_genai_answers_with_the_tokens_of_the_reference_and_stops(sample: Path, tmp_path: Path) -> None:
-    og = pytest.importorskip("onnxruntime_genai")
+    import onnxruntime_genai as og
+
     words = ["-t", "onnxruntime", "-o", str(tmp_path / "out"), "--store", str(tmp_path / "store")]
     assert CliRunner().invoke(app, words).exit_code == 0
     bundle = tmp_path / "out" / "onnxruntime"
