@@ -85,7 +85,7 @@ class Goldens:
                 weight_sha256=content["weight_sha256"],
                 prompts=content["prompts"],
             )
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder}: the goldens cannot be read: {error}", hint=_EXPORT_AGAIN) from error
 
 
@@ -172,24 +172,35 @@ def open_bundle(folder: Path) -> dict[str, Any]:
             f"{folder / MANIFEST}: schema is {manifest.get('schema')!r}, {SCHEMA!r} was expected",
             hint="export the bundle with this version of llama-export",
         )
-    listed = {entry["path"]: entry for entry in manifest["files"]}
-    present = {entry["path"]: entry for entry in file_entries(folder)}
+    try:
+        listed = {entry["path"]: (entry["bytes"], entry["sha256"]) for entry in manifest["files"]}
+    except (KeyError, TypeError) as error:
+        raise _broken(folder / MANIFEST, error) from error
+    present = {entry["path"]: (entry["bytes"], entry["sha256"]) for entry in file_entries(folder)}
     for path in sorted(listed.keys() | present.keys()):
         if path not in present:
             raise InputError(f"{folder} lacks {path}, which its manifest lists", hint=_EXPORT_AGAIN)
         if path not in listed:
             raise InputError(f"{folder} holds {path}, which its manifest does not list", hint="remove that file")
-        for field in ("bytes", "sha256"):
-            if listed[path][field] != present[path][field]:
-                raise InputError(
-                    f"{folder / path} has {field} {present[path][field]}, its manifest says {listed[path][field]}",
-                    hint=_EXPORT_AGAIN,
-                )
+        for field, wanted, found in zip(("bytes", "sha256"), listed[path], present[path], strict=True):
+            if wanted != found:
+                raise InputError(f"{folder / path} has {field} {found}, its manifest says {wanted}", hint=_EXPORT_AGAIN)
     return manifest
 
 
 def read_artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
-    """The artifact that a manifest describes, lying at ``path``."""
+    """The artifact that a manifest describes, lying at ``path``. Raises InputError where it describes none."""
+    try:
+        return _artifact(manifest, path=path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _broken(path.parent / MANIFEST, error) from error
+
+
+def _broken(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is not as an export writes it: {type(error).__name__} {error}", hint=_EXPORT_AGAIN)
+
+
+def _artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
     model = {key: value for key, value in manifest["model"].items() if key != "parameters"}
     rope = {**model.pop("rope")}
     scheme = manifest["scheme"]
@@ -213,7 +224,7 @@ def read_artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
             dequantized_dtype=scheme["dequantized_dtype"],
             kv_dtype=scheme["kv_dtype"],
         ),
-        context=manifest["context"],
+        context=int(manifest["context"]),
         logits=Logits(manifest["logits"]),
     )
 

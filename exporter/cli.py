@@ -174,7 +174,7 @@ def inspect(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a checkpoint or a bundle is; reads headers only."""
+    """Show what a checkpoint is, from its headers, or a bundle, after checking every byte of it."""
     with _reporting():
         from exporter.bundle import MANIFEST, open_bundle
         from exporter.checkpoint import BUNDLED_MODEL, open_checkpoint
@@ -266,8 +266,8 @@ def _reporting() -> Iterator[Any]:
     except OSError as error:
         from exporter.files import disk_full
 
-        hint = "check the path and its permissions"
-        _fail(disk_full(error) or InputError(f"{error.strerror}: {error.filename}", hint=hint))
+        found = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        _fail(disk_full(error) or InputError(found, hint="check the path and its permissions"))
 
 
 def _fail(error: ExportError) -> None:

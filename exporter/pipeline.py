@@ -180,7 +180,7 @@ def validate(
     also both steps of parity, and quality. Raises InputError for a bundle that is not whole."""
     progress.stage("checksums")
     manifest = open_bundle(bundle)
-    target = targets.load(manifest["target"])
+    target = targets.load(str(manifest.get("target")))
     artifact = read_artifact(manifest, path=target.find(bundle))
     goldens = Goldens.read(bundle)
     if against is None:

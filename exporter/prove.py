@@ -17,7 +17,7 @@ from exporter.metrics import kl_divergence
 from exporter.model.graph import Graph
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.parity import FLOOR_NOISE, Drive, GoldenLogits, all_at_once, check_parity, drive, judge
-from exporter.spec import Artifact, Plan, Report
+from exporter.spec import Artifact, Plan, Report, Verdict
 from exporter.store import WeightStore
 from exporter.tokenizer import Tokenizer
 from targets.base import Target
@@ -85,7 +85,12 @@ def make_goldens(
 
 
 def prove_codes(target: Target, artifact: Artifact, *, expected: Mapping[str, str]) -> Report:
-    return check_codes(target.read_weights(artifact), expected=expected, scheme=artifact.scheme)
+    """Codes that do not even fit their scales are as wrong as codes that differ."""
+    try:
+        return check_codes(target.read_weights(artifact), expected=expected, scheme=artifact.scheme)
+    except ValueError as error:
+        figures = {"tensors": 0, "wrong": []}
+        return Report(verdict=Verdict.FAILED, reason=f"the weights cannot be read back: {error}", figures=figures)
 
 
 def prove_parity(

@@ -32,6 +32,12 @@ class RopeSpec:
     original_max_position_embeddings: float = 0.0
 
 
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """A dense Llama decoder: every figure that its graph depends on, under its ``config.json`` name."""
@@ -53,6 +59,10 @@ class ModelSpec:
     """Every token that ends an answer, the first of them the main one."""
 
     def __post_init__(self) -> None:
+        for name in _SIZES:
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} is {size!r}, a positive integer was expected")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be divisible by "

@@ -23,8 +23,9 @@ from exporter.errors import InputError
 from exporter.model.graph import Constant, Graph
 from exporter.model.reference import Reference
 from exporter.model.trace import trace
+from exporter.prove import ask_reference, prove_parity
 from exporter.quantized import QuantizedTensor
-from exporter.spec import Artifact, Plan, Precision, WeightScheme
+from exporter.spec import Artifact, Plan, Precision, Verdict, WeightScheme
 from exporter.store import StoredWeight, WeightStore
 
 pytestmark = pytest.mark.toolchain
@@ -223,6 +224,46 @@ def test_swapped_rope_halves_fail_parity(bundle: Bundle, against: bool, tmp_path
     code, manifest = validate(tampered, bundle, against=against)
     assert code == 7
     assert (manifest["codes"]["verdict"], manifest["parity"]["verdict"]) == ("passed", "failed")
+
+
+def test_a_wrong_epsilon_is_seen_by_structure(bundle: Bundle, tmp_path: Path) -> None:
+    """KL hardly sees it. ExecuTorch's structure is lowered anew from the graph, so there the graph itself is wrong."""
+    nodes = tuple(
+        dataclasses.replace(node, arguments=(*node.arguments[:-1], 3e-4)) if node.op == "rms_norm" else node
+        for node in bundle.graph.nodes
+    )
+    wrong = dataclasses.replace(bundle.graph, nodes=nodes)
+    tampered = lower_again(bundle, tmp_path / "bundle", graph=wrong)
+    target = targets.load(bundle.target)
+    artifact = read_artifact(open_bundle(tampered), path=target.find(tampered))
+    steps = Goldens.read(tampered).drive
+    answers = ask_reference(bundle.graph, bundle.store, artifact, steps)
+    report = prove_parity(target, artifact, answers, graph=wrong, store=bundle.store, plan=bundle.plan)
+    assert report.verdict is Verdict.FAILED
+    assert report.reason.startswith("structure")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": None},
+        {"files": [{}]},
+        {"target": "tflite"},
+        {"scheme": {}},
+        {"model": {"name": "x"}},
+        {"context": None},
+    ],
+)
+def test_a_manifest_that_no_export_wrote_is_refused_in_a_sentence(
+    bundle: Bundle, change: dict[str, Any], tmp_path: Path
+) -> None:
+    tampered = bundle.copy(tmp_path / "bundle")
+    manifest = json.loads((tampered / MANIFEST).read_text())
+    write_json(tampered / MANIFEST, {**manifest, **change})
+    result = RUNNER.invoke(app, ["validate", str(tampered)])
+    assert result.exit_code in (2, 3)
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize("against", [False, True])

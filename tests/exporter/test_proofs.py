@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,21 @@ from calibration.rtn import round_to_nearest
 from exporter.codes import check_codes, digest
 from exporter.metrics import bootstrap_interval, kl_divergence, negative_log_likelihood, perplexity, top1_agreement
 from exporter.model.reference import round_activations
-from exporter.parity import Drive, GoldenLogits, drive_for, gate
+from exporter.parity import Drive, GoldenLogits, check_parity, drive_for, gate
 from exporter.quality import evaluation_windows
 from exporter.quantized import QuantizedTensor
-from exporter.spec import Activations, Arithmetic, Precision, Verdict, WeightScheme, activation_block
+from exporter.spec import (
+    Activations,
+    Arithmetic,
+    Artifact,
+    Logits,
+    ModelSpec,
+    Precision,
+    RopeSpec,
+    Verdict,
+    WeightScheme,
+    activation_block,
+)
 
 SCHEME = WeightScheme(body=Precision.INT4, embedding=Precision.INT8, head=Precision.INT8, group_size=32)
 
@@ -71,6 +83,68 @@ def test_golden_kl_is_at_most_the_whole_kl(seed: int, noise: float) -> None:
     assert golden["mean_kl_nats"] <= kl_divergence(expected, got).mean().item() + 1e-6
     if noise > 0.1:
         assert golden["mean_kl_nats"] > 0
+
+
+def artifact_of(precision: str, *, compute: str = "fp32") -> Artifact:
+    spec = ModelSpec(
+        **{"name": "x", "vocab_size": 200, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1},
+        **{"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 64},
+        **{"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_ids": ()},
+        rope=RopeSpec(theta=1e4),
+    )
+    body = Precision(precision)
+    return Artifact(
+        **{"target": "x", "backend": "y", "path": Path("z"), "context": 64, "logits": Logits.LAST, "spec": spec},
+        scheme=WeightScheme(body=body, embedding=body, head=body, group_size=32),
+        arithmetic=Arithmetic(activations=Activations.FLOAT, compute_dtype=compute, kv_dtype=compute),
+    )
+
+
+@pytest.mark.parametrize(
+    ("precision", "compute", "structure", "noise", "verdict", "says"),
+    [
+        ("int4", "fp32", 9e-5, 0.0, "passed", ""),
+        ("int4", "fp32", 2e-4, 0.0, "failed", "structure"),
+        ("fp16", "fp32", 9e-4, 0.0, "passed", ""),
+        ("fp16", "fp32", 2e-3, 0.0, "failed", "structure"),
+        ("int4", "fp32", float("nan"), 0.0, "failed", "structure"),
+        ("int4", "fp32", 0.0, 0.05, "failed", "mean KL"),
+        ("int4", "fp32", 0.0, float("nan"), "failed", "mean KL is nan"),
+        ("int4", "fp16", 0.0, 0.003, "passed", ""),
+        ("int4", "fp16", 0.0, 0.05, "failed", "mean KL"),
+    ],
+)
+def test_each_gate_of_parity_fails_on_its_own(
+    precision: str, compute: str, structure: float, noise: float, verdict: str, says: str
+) -> None:
+    expected = logits(3, rows=40)
+    report = check_parity(
+        expected=expected,
+        got=expected + noise * logits(4, rows=40),
+        structure_max_abs=structure,
+        floor_kl_nats=1e-6,
+        artifact=artifact_of(precision, compute=compute),
+        runtime="none",
+    )
+    assert report.verdict == verdict
+    assert says in report.reason
+
+
+def test_a_choice_that_was_clear_and_is_lost_fails_where_the_target_computes_in_fp16() -> None:
+    expected = torch.full((40, 200), -30.0)
+    expected[:, 0], expected[:, 1] = 10.0, 9.98  # two spacings of fp16 are 0.0156
+    got = expected.clone()
+    got[0, 1] = 10.001
+    report = check_parity(
+        expected=expected,
+        got=got,
+        structure_max_abs=0.0,
+        floor_kl_nats=1e-6,
+        artifact=artifact_of("int4", compute="fp16"),
+        runtime="none",
+    )
+    assert report.verdict is Verdict.FAILED
+    assert report.reason.startswith("top-1 agreement where the reference is decided is 97.50%")
 
 
 def test_golden_kl_is_that_of_the_kept_tokens_and_one_bin_for_all_others() -> None:
