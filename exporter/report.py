@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +37,7 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
 def print_outcomes(outcomes: list[Outcome]) -> None:
     """A row per target with its verdicts and main figures, then the reason of each verdict that is not green."""
     console = _console()
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)  # fits 80 columns
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)  # three targets fit 80 columns
     for heading in ("target", *_KINDS):
         table.add_column(heading, no_wrap=True)
     for heading in ("MB", "mean KL", "prefill/s", "decode/s"):
