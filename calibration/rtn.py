@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -22,19 +24,20 @@ def round_to_nearest(weight: Tensor, *, name: str, bits: int, group_size: int) -
     Each candidate scale is rounded to the bf16 grid *before* its codes are chosen, so that the error compared is the
     error shipped. ``group_size`` divides K; ``group_size == K`` gives one scale per row.
     """
-    rows, columns = weight.shape
-    block_rows = max(1, _BLOCK_ELEMENTS // columns)
-    blocks = [
-        _search(weight[start : start + block_rows].float().view(-1, group_size), bits=bits)
-        for start in range(0, rows, block_rows)
+    columns = weight.shape[1]
+    scales = search_scales(weight, bits=bits, group_size=group_size)
+    codes = [
+        encode(block.float().view(-1, group_size), of_block.reshape(-1, 1), bits=bits).view(block.shape)
+        for block, of_block in zip(_row_blocks(weight, columns), _row_blocks(scales, columns), strict=True)
     ]
-    return QuantizedTensor(
-        name=name,
-        bits=bits,
-        group_size=group_size,
-        codes=torch.cat([codes for codes, _ in blocks]).view(rows, columns),
-        scales=torch.cat([scales for _, scales in blocks]).view(rows, columns // group_size),
-    )
+    return QuantizedTensor(name=name, bits=bits, group_size=group_size, codes=torch.cat(codes), scales=scales)
+
+
+def search_scales(weight: Tensor, *, bits: int, group_size: int) -> Tensor:
+    """float32 ``[N, K / group_size]`` on the scale grid: for each group that of least squared error after rounding."""
+    rows, columns = weight.shape
+    scales = [_search(block.float().view(-1, group_size), bits=bits) for block in _row_blocks(weight, columns)]
+    return torch.cat(scales).view(rows, columns // group_size)
 
 
 def to_scale_grid(scales: Tensor) -> Tensor:
@@ -48,18 +51,21 @@ def encode(groups: Tensor, scales: Tensor, *, bits: int) -> Tensor:
     return (groups / scales).round_().clamp_(lowest, highest).to(torch.int8)
 
 
-def _search(groups: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes int8 ``[G, g]`` and scales float32 ``[G, 1]`` of least squared error over the candidate scales."""
+def _row_blocks(matrix: Tensor, columns: int) -> Iterable[Tensor]:
+    return matrix.split(max(1, _BLOCK_ELEMENTS // columns))
+
+
+def _search(groups: Tensor, *, bits: int) -> Tensor:
+    """Scales float32 ``[G, 1]`` of least squared error for ``groups`` ``[G, g]`` over the candidates."""
     largest = groups.abs().amax(dim=1, keepdim=True)
-    highest = CODE_RANGE[bits][1]
+    lowest, highest = CODE_RANGE[bits]
     best_error = torch.full_like(largest, torch.inf)
     best_scales = torch.empty_like(largest)
     for shrink in torch.linspace(1.0, _SHRINK_LEAST[bits], _SHRINK_STEPS[bits]).tolist():
         scales = to_scale_grid(largest * (shrink / highest))
-        lowest, highest_code = CODE_RANGE[bits]
-        decoded = (groups / scales).round_().clamp_(lowest, highest_code).mul_(scales)
+        decoded = (groups / scales).round_().clamp_(lowest, highest).mul_(scales)
         error = (decoded - groups).square_().sum(dim=1, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scales = torch.where(better, scales, best_scales)
-    return encode(groups, best_scales, bits=bits), best_scales
+    return best_scales

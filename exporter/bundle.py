@@ -23,11 +23,15 @@ from exporter.spec import (
     Arithmetic,
     Artifact,
     Logits,
+    Method,
     ModelSpec,
     Precision,
+    Recipe,
     Report,
     RopeKind,
     RopeSpec,
+    Rule,
+    Sampling,
     WeightScheme,
 )
 from exporter.tokenizer import CHAT_TEMPLATE, FILES, Tokenizer
@@ -115,7 +119,7 @@ class Verdicts:
 
 
 def write_manifest(
-    folder: Path, *, artifact: Artifact, checkpoint: Checkpoint, algorithm: str, verdicts: Verdicts
+    folder: Path, *, artifact: Artifact, checkpoint: Checkpoint, calibration: Mapping[str, Any], verdicts: Verdicts
 ) -> dict[str, Any]:
     """``manifest.json`` over every other file of the folder, and its content."""
     scheme, arithmetic = artifact.scheme, artifact.arithmetic
@@ -129,6 +133,7 @@ def write_manifest(
             "group_size": scheme.group_size,
             "embedding": scheme.embedding.value,
             "head": scheme.head.value,
+            "rules": [{"pattern": rule.pattern, "precision": rule.precision.value} for rule in scheme.rules],
             "activations": arithmetic.activations.value,
             "compute_dtype": arithmetic.compute_dtype,
             "dequantized_dtype": arithmetic.dequantized_dtype,
@@ -138,7 +143,7 @@ def write_manifest(
         "logits": artifact.logits.value,
         "target": artifact.target,
         "backend": artifact.backend,
-        "calibration": {"algorithm": algorithm, "corpus_sha256": None, "tokens": 0},
+        "calibration": dict(calibration),
         "files": file_entries(folder),
         **verdicts.to_json(),
         "tools": {name: version(name) for name in TOOLS},
@@ -196,6 +201,19 @@ def read_artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
         raise _broken(path.parent / MANIFEST, error) from error
 
 
+def read_calibration(manifest: Mapping[str, Any], *, bundle: Path) -> tuple[Recipe, Sampling]:
+    """How the codes of a bundle were chosen. Raises InputError where the manifest does not say."""
+    try:
+        written = manifest["calibration"]
+        recipe = written.get("recipe")
+        sampling = {key: written[key] for key in ("windows", "window_length", "seed") if key in written}
+        if recipe is None:  # floats
+            return Recipe(method=Method.ROUND), Sampling()
+        return Recipe(**{**recipe, "method": Method(recipe["method"])}), Sampling(**sampling)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _broken(bundle / MANIFEST, error) from error
+
+
 def _broken(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} is not as an export writes it: {type(error).__name__} {error}", hint=_EXPORT_AGAIN)
 
@@ -217,6 +235,10 @@ def _artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
             embedding=Precision(scheme["embedding"]),
             head=Precision(scheme["head"]),
             group_size=scheme["group_size"],
+            rules=tuple(
+                Rule(pattern=rule["pattern"], precision=Precision(rule["precision"]))
+                for rule in scheme.get("rules", ())  # bundles of version 0.1.0 have none
+            ),
         ),
         arithmetic=Arithmetic(
             activations=Activations(scheme["activations"]),

@@ -13,12 +13,28 @@ from typer.core import TyperGroup
 
 from exporter import interrupt
 from exporter.errors import INTERRUPTED, ExportError, InputError, UsageError, gravest
-from exporter.spec import GROUP_SIZES, Logits, Plan, Precision, WeightScheme
+from exporter.spec import (
+    EMBEDDING,
+    GROUP_SIZES,
+    HEAD,
+    PER_ROW,
+    Logits,
+    Method,
+    ModelSpec,
+    Plan,
+    Precision,
+    Recipe,
+    Rule,
+    Sampling,
+    WeightScheme,
+)
 
 if TYPE_CHECKING:
     from exporter.pipeline import Outcome
 
 DEFAULT_CONTEXT = 2048
+DEFAULT_WINDOW_LENGTH = 512
+NO_CALIBRATION = "none"
 DEFAULT_OUT = Path("llama-export-out")
 
 
@@ -77,7 +93,32 @@ StoreOption = Annotated[
     typer.Option("--store", help="Where quantized weights are kept and found again.", show_default="user cache"),
 ]
 EvalTextOption = Annotated[
-    Path | None, typer.Option("--eval-text", help="UTF-8 text to measure quality on.", show_default="bundled text")
+    Path | None,
+    typer.Option(
+        "--eval-text",
+        help="UTF-8 text to measure quality on.",
+        show_default="text held apart from --calibration, or a bundled text",
+    ),
+]
+CALIBRATION = "Calibration"
+CorpusOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="Text to calibrate with: .txt, .md, .jsonl (text or messages), .parquet, .csv, token ids as .npy or "
+        ".safetensors, a folder of these, - for stdin; none: round to nearest.",
+        show_default="text that the model writes itself",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+ColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration-column",
+        help="Where tables and JSON lines keep the text.",
+        show_default="text or messages",
+        rich_help_panel=CALIBRATION,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of a table.")]
 
@@ -97,8 +138,33 @@ def export(
         ),
     ] = None,
     group_size: Annotated[
-        int, typer.Option("--group-size", help="Columns that share an int4 scale: 32, 64 or 128.")
-    ] = 32,
+        str, typer.Option("--group-size", help="Columns that share an int4 scale: 32, 64, 128 or row.")
+    ] = "32",
+    rules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rule",
+            help="Store some matrices otherwise: 'layers.0.mlp.down_proj = int8', * for any characters. Can be "
+            "repeated; the last that matches counts.",
+        ),
+    ] = None,
+    budget_mb: Annotated[
+        float | None,
+        typer.Option(
+            "--budget-mb",
+            min=0.0,
+            help="MB (1e6 bytes) that the weights may take: what int4 hurts most gets int8, as far as they reach.",
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            "--max-kl",
+            min=0.0,
+            help="Mean KL in nats that quantization may cost: what int4 hurts most gets int8. Rounding of activations "
+            "alone costs about 5e-4.",
+        ),
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(
@@ -112,6 +178,55 @@ def export(
     logits: Annotated[str, typer.Option("--logits", help="Positions the head answers for: last or all.")] = "last",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the bundles.")] = DEFAULT_OUT,
     store: StoreOption = None,
+    corpus: CorpusOption = None,
+    column: ColumnOption = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            help=f"How codes are chosen: {', '.join(Method)}.",
+            show_default="awq-gptq",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option("--windows", min=1, help="Windows of text.", show_default="32", rich_help_panel=CALIBRATION),
+    ] = None,
+    window_length: Annotated[
+        int | None,
+        typer.Option(
+            "--window-length",
+            min=2,
+            help="Tokens of a window.",
+            show_default="512, or the model's positions if fewer",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", min=0, help="Which windows are drawn.", show_default="0", rich_help_panel=CALIBRATION),
+    ] = None,
+    act_order: Annotated[
+        bool | None,
+        typer.Option(
+            "--act-order/--no-act-order",
+            help="GPTQ rounds the columns of most energy first.",
+            show_default="act-order",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    damping: Annotated[
+        float | None,
+        typer.Option(
+            "--damping",
+            min=0.0,
+            max=1.0,
+            help="Share of GPTQ's mean Hessian diagonal that is added to it.",
+            show_default="0.01",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
     eval_text: EvalTextOption = None,
     threads: ThreadsOption = 2,
     as_json: JsonOption = False,
@@ -125,15 +240,27 @@ def export(
         if checkpoint is None:
             checkpoint = BUNDLED_MODEL
             progress.note("no checkpoint named: taking the bundled model, tiny-llama")
+        _refuse_two_budgets(budget_mb=budget_mb, max_kl=max_kl, calibrated=corpus != NO_CALIBRATION and method != "rtn")
+        spec = read_spec(checkpoint)
+        scheme = _scheme(precision=precision, head=head, group_size=group_size, rules=rules or [], spec=spec)
+        sampling = _given(windows=windows, window_length=window_length, seed=seed)
+        tuning = _given(act_order=act_order, damping=damping)
+        longest = min(DEFAULT_WINDOW_LENGTH, spec.max_position_embeddings)
         plan = Plan(
             checkpoint=checkpoint,
             targets=_targets(target),
-            scheme=_scheme(precision=precision, head=head, group_size=group_size, tied=_is_tied(checkpoint)),
-            context=context or min(DEFAULT_CONTEXT, read_spec(checkpoint).max_position_embeddings),
+            scheme=scheme,
+            recipe=_recipe(scheme, corpus=corpus, method=method, sampling=sampling, tuning=tuning),
+            corpus=None if corpus == NO_CALIBRATION else corpus,
+            corpus_column=column,
+            budget_bytes=None if budget_mb is None else round(budget_mb * 1e6),
+            max_kl_nats=max_kl,
+            sampling=Sampling(**{"window_length": longest, **sampling}),
+            context=context or min(DEFAULT_CONTEXT, spec.max_position_embeddings),
             logits=Logits(_one_of("--logits", logits, [kind.value for kind in Logits])),
             out=out,
             store=store or _default_store(),
-            evaluation_text=eval_text or BUNDLED_MODEL / "evaluation.txt",
+            evaluation_text=eval_text,
             threads=threads,
         )
         outcomes = run(plan, progress)
@@ -147,6 +274,8 @@ def validate(
     against: Annotated[
         Path | None, typer.Option("--against", help="The checkpoint it was made from: proves codes and quality too.")
     ] = None,
+    corpus: CorpusOption = None,
+    column: ColumnOption = None,
     store: StoreOption = None,
     eval_text: EvalTextOption = None,
     threads: ThreadsOption = 2,
@@ -154,14 +283,15 @@ def validate(
 ) -> None:
     """Prove a bundle again, from its own goldens alone or against its checkpoint."""
     with _reporting() as progress:
-        from exporter.checkpoint import BUNDLED_MODEL
         from exporter.pipeline import validate as run
 
         outcome = run(
             bundle,
             against=against,
+            corpus=corpus,
+            corpus_column=column,
             store_root=store or _default_store(),
-            evaluation_text=eval_text or BUNDLED_MODEL / "evaluation.txt",
+            evaluation_text=eval_text,
             threads=threads,
             progress=progress,
         )
@@ -218,26 +348,106 @@ def _targets(words: str) -> tuple[str, ...]:
     return names
 
 
-def _scheme(*, precision: str, head: str | None, group_size: int, tied: bool) -> WeightScheme:
+def _scheme(*, precision: str, head: str | None, group_size: str, rules: list[str], spec: ModelSpec) -> WeightScheme:
     body = Precision(_one_of("--precision", precision, [kind.value for kind in Precision]))
-    if group_size not in GROUP_SIZES:
-        known = ", ".join(map(str, GROUP_SIZES))
+    sizes = {**{str(size): size for size in GROUP_SIZES}, "row": PER_ROW}
+    if group_size not in sizes:
         raise UsageError(
-            f"--group-size {group_size} is unknown; known: {known}", hint="32 loses least, 128 is smallest"
+            f"--group-size {group_size} is unknown; known: {', '.join(sizes)}",
+            hint="32 loses least, row is smallest",
         )
     ends = Precision.INT8 if body.bits else body
-    if head is None:
-        return WeightScheme(body=body, embedding=ends, head=ends, group_size=group_size)
-    if not body.bits:
-        raise UsageError(f"--head {head} goes with int8 and int4, not with --precision {body}", hint="leave --head out")
-    chosen = Precision(_one_of("--head", head, ["int8", "int4"]))
-    return WeightScheme(body=body, embedding=chosen if tied else ends, head=chosen, group_size=group_size)
+    if (head or rules) and not body.bits:
+        option = f"--head {head}" if head else f"--rule {rules[0]!r}"
+        raise UsageError(f"{option} goes with int8 and int4, not with --precision {body}", hint="leave it out")
+    chosen = Precision(_one_of("--head", head, ["int8", "int4"])) if head else ends
+    return WeightScheme(
+        body=body,
+        embedding=chosen if spec.tie_word_embeddings else ends,
+        head=chosen,
+        group_size=sizes[group_size],
+        rules=tuple(_rule(rule, spec=spec) for rule in rules),
+    )
 
 
-def _is_tied(checkpoint: Path) -> bool:
-    from exporter.checkpoint.config import read_spec
+def _rule(words: str, *, spec: ModelSpec) -> Rule:
+    pattern, equals, precision = (part.strip() for part in words.partition("="))
+    if not (pattern and equals and precision):
+        raise UsageError(
+            f"--rule {words!r} is not of the form 'pattern = precision'",
+            hint="for instance --rule 'layers.0.mlp.down_proj = int8'",
+        )
+    rule = Rule(pattern=pattern, precision=Precision(_one_of("--rule ... =", precision, ["int8", "int4"])))
+    matrices = [name for name, shape in spec.weights().items() if len(shape) == 2 and name not in (EMBEDDING, HEAD)]
+    if not any(rule.matches(name) for name in matrices):
+        names = [name.removeprefix("model.").removesuffix(".weight") for name in matrices]
+        raise UsageError(
+            f"--rule {words!r} matches no matrix of the {len(names)} between embedding and head",
+            hint=f"they are called {names[0]} to {names[-1]}; --head sets head and tied embedding",
+        )
+    return rule
 
-    return read_spec(checkpoint).tie_word_embeddings
+
+def _recipe(
+    scheme: WeightScheme,
+    *,
+    corpus: str | None,
+    method: str | None,
+    sampling: dict[str, int],
+    tuning: dict[str, Any],
+) -> Recipe:
+    """How codes are chosen, by what was asked for; whatever could have no effect is refused."""
+    chosen = Method(_one_of("--method", method, list(Method))) if method else None
+    given = {"--calibration": corpus, "--method": method, **_options(sampling), **_options(tuning)}
+    asked = [option for option, value in given.items() if value is not None]
+    if not scheme.body.bits:
+        if asked:
+            raise UsageError(
+                f"{asked[0]} goes with int8 and int4, not with --precision {scheme.body}", hint="leave it out"
+            )
+        return Recipe(method=Method.ROUND)
+    if corpus == NO_CALIBRATION:
+        chosen = chosen or Method.ROUND
+    chosen = chosen or Method.AWQ_GPTQ
+    if corpus == NO_CALIBRATION and chosen.needs_text:
+        raise UsageError(f"--method {chosen} needs text, --calibration is none", hint="leave one of them out")
+    idle = [*(["--calibration"] if corpus != NO_CALIBRATION else []), *_options(sampling)]
+    idle = [option for option in idle if option in asked]
+    if not chosen.needs_text and idle:
+        raise UsageError(f"{idle[0]} names text, which --method {chosen} does not use", hint="leave one of them out")
+    if tuning and not chosen.compensates:
+        raise UsageError(
+            f"{next(iter(_options(tuning)))} is an option of GPTQ, --method {chosen} has none",
+            hint="leave it out, or take --method gptq or awq-gptq",
+        )
+    if chosen is Method.SMOOTH and scheme.body is not Precision.INT8:
+        raise UsageError(
+            f"--method {chosen} makes room for int8 activations in int8 weights, not in {scheme.body}",
+            hint="take --precision int8, or another method",
+        )
+    return Recipe(method=chosen, **tuning)
+
+
+def _refuse_two_budgets(*, budget_mb: float | None, max_kl: float | None, calibrated: bool) -> None:
+    given = _options(_given(budget_mb=budget_mb, max_kl=max_kl))
+    for option, value in given.items():
+        if not value:
+            raise UsageError(f"{option} is {value:g}, a number above 0 was expected", hint="leave it out, or raise it")
+    if len(given) == 2:
+        raise UsageError("--budget-mb and --max-kl pull two ways", hint="leave one of them out")
+    if given and not calibrated:
+        raise UsageError(
+            f"{next(iter(given))} is met by what is measured on text, and nothing is to be calibrated",
+            hint="leave it out, or take another --method or --calibration",
+        )
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _options(values: dict[str, Any]) -> dict[str, Any]:
+    return {f"--{name.replace('_', '-')}": value for name, value in values.items()}
 
 
 def _one_of(option: str, value: str, known: list[str]) -> str:

@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import targets
-from calibration.layers import ALGORITHM, quantize
+from calibration.layers import Calibration, CalibrationText, quantize
+from calibration.sensitivity import meet_budget, meet_kl, open_matrices, refuse_budget
 from exporter import interrupt
 from exporter.bundle import (
     Goldens,
@@ -19,6 +20,7 @@ from exporter.bundle import (
     is_bundle,
     open_bundle,
     read_artifact,
+    read_calibration,
     write_json,
     write_manifest,
 )
@@ -38,28 +40,26 @@ from exporter.prove import (
     prove_parity,
     prove_parity_by_goldens,
 )
-from exporter.quality import evaluation_windows, measure_quality
-from exporter.spec import Artifact, ModelSpec, Plan, Precision, Report, Verdict, WeightScheme
+from exporter.quality import MEAN_KL_NATS, evaluation_windows, measure_quality
+from exporter.spec import (
+    GROUP_SIZES,
+    Artifact,
+    ModelSpec,
+    Plan,
+    Precision,
+    Progress,
+    Report,
+    Verdict,
+    WeightScheme,
+)
 from exporter.store import StoreKey, WeightStore
+from exporter.texts import Texts, as_recorded, check_recorded, read_texts
 from exporter.tokenizer import Tokenizer
 from targets.base import Target
 
 _FULL = WeightScheme(body=Precision.FP32, embedding=Precision.FP32, head=Precision.FP32, group_size=32)
 _FAILURES = {"codes": ParityError, "parity": ParityError, "quality": BudgetError, "latency": BudgetError}
 """What it means when the verdict of that kind is *failed*."""
-
-
-class Progress(Protocol):
-    """Whoever wants to know how far a run is."""
-
-    def stage(self, title: str) -> None:
-        """A new stage begins; the one before it is done."""
-
-    def advance(self, done: int, total: int) -> None:
-        """So many of so many steps of this stage are done."""
-
-    def note(self, text: str) -> None:
-        """Something worth a line of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +85,7 @@ class Material:
 
     plan: Plan
     tokenizer: Tokenizer
-    text_ids: list[int]
-    """The evaluation text, tokenized."""
+    texts: Texts
     store: WeightStore
     graph: Graph
 
@@ -101,21 +100,72 @@ def export(plan: Plan, progress: Progress) -> list[Outcome]:
     tokenizer = Tokenizer(checkpoint.folder)
     chosen = [targets.load(name) for name in plan.targets]
     refuse_early(plan, checkpoint.spec, chosen)
-    text_ids = _read_evaluation_text(plan.evaluation_text, tokenizer, spec=checkpoint.spec)
-
-    progress.stage(f"quantizing to {plan.scheme.body}" if plan.scheme.body.bits else "weights stay floats")
-    store, made = quantize(checkpoint, plan.scheme, root=plan.store, on_part=progress.advance)
-    if plan.scheme.body.bits and not made:
-        progress.note(f"reused the quantized weights in {store.folder}")
 
     progress.stage("tracing")
     graph = trace(checkpoint.spec)
-    material = Material(plan=plan, tokenizer=tokenizer, text_ids=text_ids, store=store, graph=graph)
+    material = _quantize(plan, checkpoint, tokenizer, graph, progress=progress)
 
     progress.stage("quality: reference against full precision")
     quality = _quality_by_target(chosen, material, progress=progress)
 
     return [_export_one(target, material, quality=quality[target.name], progress=progress) for target in chosen]
+
+
+def _quantize(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    graph: Graph,
+    *,
+    recorded: Mapping[str, Any] | None = None,
+    progress: Progress,
+) -> Material:
+    """Read the texts of the plan, and find or make its store; the one that a bundle was made from, if that is what its
+    manifest has ``recorded``."""
+    progress.stage("reading the text")
+    texts = read_texts(plan, checkpoint=checkpoint, tokenizer=tokenizer, graph=graph, progress=progress)
+    if recorded:
+        texts = as_recorded(texts, recorded, corpus=plan.corpus)
+    if texts.calibration and (plan.budget_bytes or plan.max_kl_nats):
+        plan, texts = _mix_precisions(plan, texts, texts.calibration, checkpoint, graph, progress=progress)
+    calibration = None
+    if texts.calibration:
+        calibration = Calibration(recipe=plan.recipe, text=texts.calibration, graph=graph)
+    store, made = quantize(checkpoint, plan.scheme, root=plan.store, calibration=calibration, progress=progress)
+    if recorded:
+        check_recorded(store.calibration_facts(), recorded)
+    if plan.scheme.body.bits and not made:
+        progress.note(f"reused the quantized weights in {store.folder}")
+    return Material(plan=plan, tokenizer=tokenizer, texts=texts, store=store, graph=graph)
+
+
+def _mix_precisions(
+    plan: Plan,
+    texts: Texts,
+    text: CalibrationText,
+    checkpoint: Checkpoint,
+    graph: Graph,
+    *,
+    progress: Progress,
+) -> tuple[Plan, Texts]:
+    """The plan with rules for what is to be int8, chosen by what int4 is measured to cost on the calibration text.
+
+    Text and measurements are kept where the plan without those rules has its store, so that a run that was killed, or
+    one with another budget, finds them.
+    """
+    key = StoreKey(source_sha256=checkpoint.sha256, scheme=plan.scheme, recipe=plan.recipe, text=text.identity)
+    base = WeightStore(checkpoint=checkpoint, key=key, root=plan.store)
+    if not base.windows_file.exists():
+        base.write_windows(text.windows())
+    measured = (checkpoint, graph, plan.scheme, base.read_windows())
+    keep = base.folder / "sensitivity.json"
+    if plan.budget_bytes:
+        rules = meet_budget(*measured, budget_bytes=plan.budget_bytes, progress=progress, keep=keep)
+    else:
+        assert plan.max_kl_nats is not None  # one of them is asked for
+        rules = meet_kl(*measured, max_kl_nats=plan.max_kl_nats, progress=progress, keep=keep)
+    read_again = replace(text, windows=base.read_windows)
+    return replace(plan, scheme=replace(plan.scheme, rules=rules)), replace(texts, calibration=read_again)
 
 
 def _export_one(target: Target, material: Material, *, quality: Report, progress: Progress) -> Outcome:
@@ -149,7 +199,7 @@ def _make_bundle(
     copy_tokenizer(material.tokenizer, folder)
 
     progress.stage(f"{target.name}: reference")
-    answers = ask_reference(graph, store, artifact, drive_for(material.text_ids, context=plan.context))
+    answers = ask_reference(graph, store, artifact, drive_for(material.texts.evaluation, context=plan.context))
     goldens = make_goldens(answers, graph=graph, store=store, artifact=artifact, tokenizer=material.tokenizer)
     goldens.write(folder)
 
@@ -158,12 +208,14 @@ def _make_bundle(
     progress.stage(f"{target.name}: parity")
     parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=plan)
     progress.stage(f"{target.name}: latency")
-    latency = prove_latency(target, artifact, ids=material.text_ids, threads=plan.threads)
+    latency = prove_latency(target, artifact, ids=material.texts.evaluation, threads=plan.threads)
 
     verdicts = Verdicts(codes=codes, parity=parity, quality=quality, latency=latency)
-    algorithm = ALGORITHM if plan.scheme.body.bits else "none"
+    calibration = store.calibration_facts()
+    if material.texts.calibration:
+        calibration |= {"seed": plan.sampling.seed, "evaluation_overlap": material.texts.overlap}
     return write_manifest(
-        folder, artifact=artifact, checkpoint=store.checkpoint, algorithm=algorithm, verdicts=verdicts
+        folder, artifact=artifact, checkpoint=store.checkpoint, calibration=calibration, verdicts=verdicts
     )
 
 
@@ -171,8 +223,10 @@ def validate(
     bundle: Path,
     *,
     against: Path | None,
+    corpus: str | None,
+    corpus_column: str | None,
     store_root: Path,
-    evaluation_text: Path,
+    evaluation_text: Path | None,
     threads: int,
     progress: Progress,
 ) -> Outcome:
@@ -186,12 +240,17 @@ def validate(
     if against is None:
         codes, parity, quality = _prove_alone(target, artifact, goldens, threads=threads, progress=progress)
     else:
+        recipe, sampling = read_calibration(manifest, bundle=bundle)
         plan = Plan(
             checkpoint=against,
             targets=(artifact.target,),
             scheme=artifact.scheme,
             context=artifact.context,
             logits=artifact.logits,
+            recipe=recipe,
+            sampling=sampling,
+            corpus=corpus,
+            corpus_column=corpus_column,
             out=bundle,
             store=store_root,
             evaluation_text=evaluation_text,
@@ -200,7 +259,9 @@ def validate(
         progress.stage("reading the checkpoint")
         checkpoint = open_checkpoint(against)
         _check_source(manifest, checkpoint, bundle=bundle)
-        codes, parity, quality = _prove_against(checkpoint, plan, target, artifact, goldens, progress=progress)
+        codes, parity, quality = _prove_against(
+            checkpoint, plan, target, artifact, goldens, recorded=manifest["calibration"], progress=progress
+        )
     progress.stage("latency")
     latency = prove_latency(target, artifact, ids=goldens.drive.ids, threads=threads)
     verdicts = Verdicts(codes=codes, parity=parity, quality=quality, latency=latency)
@@ -224,20 +285,25 @@ def _prove_alone(
 
 
 def _prove_against(
-    checkpoint: Checkpoint, plan: Plan, target: Target, artifact: Artifact, goldens: Goldens, *, progress: Progress
+    checkpoint: Checkpoint,
+    plan: Plan,
+    target: Target,
+    artifact: Artifact,
+    goldens: Goldens,
+    *,
+    recorded: Mapping[str, Any],
+    progress: Progress,
 ) -> tuple[Report, Report, Report]:
-    """Codes, parity and quality against a reference with the checkpoint's own weights."""
+    """Codes, parity and quality against a reference with the checkpoint's own weights, calibrated as ``recorded``."""
     tokenizer = Tokenizer(artifact.path.parent)
-    text_ids = _read_evaluation_text(plan.evaluation_text, tokenizer, spec=checkpoint.spec)
-    store, _ = quantize(checkpoint, plan.scheme, root=plan.store, on_part=progress.advance)
-    graph = trace(checkpoint.spec)
+    material = _quantize(plan, checkpoint, tokenizer, trace(checkpoint.spec), recorded=recorded, progress=progress)
+    store, graph = material.store, material.graph
     progress.stage("codes")
     codes = prove_codes(target, artifact, expected=weight_digests(store))
     progress.stage("parity")
     answers = ask_reference(graph, store, artifact, goldens.drive)
     parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=plan)
     progress.stage("quality")
-    material = Material(plan=plan, tokenizer=tokenizer, text_ids=text_ids, store=store, graph=graph)
     quality = _quality_by_target([target], material, progress=progress)[target.name]
     return codes, parity, quality
 
@@ -250,6 +316,10 @@ def refuse_early(plan: Plan, spec: ModelSpec, chosen: list[Target]) -> None:
             hint=f"take --context {spec.max_position_embeddings} or less",
         )
     _refuse_groups(plan.scheme, spec)
+    if plan.budget_bytes or plan.max_kl_nats:
+        open_matrices(spec, plan.scheme)
+    if plan.budget_bytes:
+        refuse_budget(spec, plan.scheme, budget_bytes=plan.budget_bytes)
     for target in chosen:
         reason = target.refuse(spec, plan)
         if reason:
@@ -260,11 +330,11 @@ def refuse_early(plan: Plan, spec: ModelSpec, chosen: list[Target]) -> None:
 
 def _refuse_groups(scheme: WeightScheme, spec: ModelSpec) -> None:
     for name, shape in spec.weights().items():
-        if len(shape) == 2 and scheme.precision(name) is Precision.INT4 and shape[1] % scheme.group_size:
-            fitting = [size for size in (32, 64, 128) if shape[1] % size == 0]
+        if len(shape) == 2 and shape[1] % scheme.groups(name, columns=shape[1]):
+            fitting = [*(size for size in GROUP_SIZES if shape[1] % size == 0), "row"]
             raise UsageError(
                 f"--group-size {scheme.group_size} does not divide the {shape[1]} columns of {name}",
-                hint=f"take --group-size {' or '.join(map(str, fitting))}" if fitting else "take --precision int8",
+                hint=f"take --group-size {' or '.join(map(str, fitting))}",
             )
 
 
@@ -300,39 +370,20 @@ def _refuse_full_disk(plan: Plan, spec: ModelSpec) -> None:
             )
 
 
-def _read_evaluation_text(path: Path, tokenizer: Tokenizer, *, spec: ModelSpec) -> list[int]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"evaluation text {path}: {error}", hint="name a UTF-8 text file with --eval-text") from error
-    ids = tokenizer.encode(text)
-    if len(ids) < 256:
-        raise InputError(
-            f"evaluation text {path} is {len(ids)} tokens, at least 256 are wanted",
-            hint="name a longer one with --eval-text",
-        )
-    if max(ids) >= spec.vocab_size:
-        raise InputError(
-            f"the tokenizer gives token {max(ids)}, the model's vocabulary ends at {spec.vocab_size - 1}",
-            hint="tokenizer.json and weights must be of the same model",
-        )
-    return ids
-
-
 def _quality_by_target(chosen: list[Target], material: Material, *, progress: Progress) -> dict[str, Report]:
     """Before anything is lowered: it depends on codes and arithmetic alone."""
     store, graph, checkpoint = material.store, material.graph, material.store.checkpoint
-    key = StoreKey(source_sha256=checkpoint.sha256, scheme=_FULL, algorithm="none")
+    key = StoreKey(source_sha256=checkpoint.sha256, scheme=_FULL)
     full = WeightStore(checkpoint=checkpoint, key=key, root=material.plan.store)
     keep_bytes = KEEP_BYTES // (len(chosen) + 1)  # they are all in memory at once
     return measure_quality(
-        evaluation_windows(material.text_ids, bos=graph.spec.bos_token_id, context=material.plan.context),
+        evaluation_windows(material.texts.evaluation, bos=graph.spec.bos_token_id, context=material.plan.context),
         truth=Reference(graph, full, FULL_PRECISION, keep_bytes=keep_bytes),
         candidates={
             target.name: Reference(graph, store, target.arithmetic(store.scheme), keep_bytes=keep_bytes)
             for target in chosen
         },
-        precision=store.scheme.body,
+        budget_nats=material.plan.max_kl_nats or MEAN_KL_NATS[store.scheme.body],
         on_window=progress.advance,
     )
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -117,6 +118,20 @@ class Precision(StrEnum):
 
 
 GROUP_SIZES = (32, 64, 128)
+PER_ROW = 0
+"""The ``group_size`` that stands for one scale per row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """Stores the matrices whose names ``pattern`` matches at ``precision``, whatever the rest of the body has."""
+
+    pattern: str
+    """A tensor name without ``model.`` in front and ``.weight`` behind; ``*`` stands for any characters."""
+    precision: Precision
+
+    def matches(self, name: str) -> bool:
+        return fnmatchcase(name.removeprefix("model.").removesuffix(".weight"), self.pattern)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,15 +142,66 @@ class WeightScheme:
     embedding: Precision
     head: Precision
     group_size: int
-    """Columns that share an int4 scale; int8 has one scale per row."""
+    """Columns that share an int4 scale, or ``PER_ROW``; int8 has one scale per row."""
+    rules: tuple[Rule, ...] = ()
+    """Matrices of the body that are stored otherwise than ``body``; the last rule that matches counts."""
 
     def precision(self, name: str) -> Precision:
         """Of the weight matrix called ``name``."""
-        return {EMBEDDING: self.embedding, HEAD: self.head}.get(name, self.body)
+        if name in (EMBEDDING, HEAD):
+            return self.embedding if name == EMBEDDING else self.head
+        return next((rule.precision for rule in reversed(self.rules) if rule.matches(name)), self.body)
 
     def groups(self, name: str, *, columns: int) -> int:
         """The number of columns of weight ``name`` that share one scale."""
-        return self.group_size if self.precision(name) is Precision.INT4 else columns
+        return self.group_size if self.group_size and self.precision(name) is Precision.INT4 else columns
+
+
+class Method(StrEnum):
+    """How codes are chosen."""
+
+    ROUND = "rtn"
+    """Round to nearest, the scale searched for least squared error."""
+    GPTQ = "gptq"
+    AWQ = "awq"
+    AWQ_GPTQ = "awq-gptq"
+    SMOOTH = "smoothquant"
+    """Outliers of the activations folded into the weights, which are then rounded to nearest."""
+
+    @property
+    def needs_text(self) -> bool:
+        return self is not Method.ROUND
+
+    @property
+    def compensates(self) -> bool:
+        """Whether a column's rounding error is made up for by others."""
+        return self in (Method.GPTQ, Method.AWQ_GPTQ)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """All that decides the codes of a scheme, but for the text."""
+
+    method: Method
+    act_order: bool = True
+    """GPTQ rounds the columns of most energy first."""
+    damping: float = 0.01
+    """Added to the diagonal of GPTQ's Hessian, as a share of its mean (Frantar et al. 2022, section 3.3, step 3)."""
+
+    def __str__(self) -> str:
+        if not self.method.compensates:
+            return self.method.value
+        return f"{self.method.value}, {'act-order, ' if self.act_order else ''}damping {self.damping:g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Which windows are drawn from a corpus."""
+
+    windows: int = 32
+    window_length: int = 512
+    """Tokens, the begin token among them."""
+    seed: int = 0
 
 
 class Activations(StrEnum):
@@ -187,10 +253,20 @@ class Plan:
     context: int
     """Positions the key-value cache holds."""
     logits: Logits = Logits.LAST
+    recipe: Recipe
+    corpus: str | None = None
+    """File or folder to calibrate with, ``-`` for stdin; None: text that the model writes itself."""
+    corpus_column: str | None = None
+    budget_bytes: int | None = None
+    """What the stored weights may take: as much of an int4 body as fits is stored as int8, by measured sensitivity."""
+    max_kl_nats: float | None = None
+    """What quantization may cost: as little of an int4 body as that takes is stored as int8."""
+    sampling: Sampling
     out: Path
     store: Path
     """The cache folder in which quantized weights are kept and found again."""
-    evaluation_text: Path
+    evaluation_text: Path | None
+    """None: text held apart from the corpus, or the bundled text where there is none."""
     threads: int
     """Threads that a runtime may use while it is measured."""
 
@@ -229,3 +305,16 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         reason = {"reason": self.reason} if self.reason else {}
         return {"verdict": self.verdict.value, **reason, **self.figures}
+
+
+class Progress(Protocol):
+    """Whoever wants to know how far a run is."""
+
+    def stage(self, title: str) -> None:
+        """A new stage begins; the one before it is done."""
+
+    def advance(self, done: int, total: int) -> None:
+        """So many of so many steps of this stage are done."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line of its own."""

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from exporter.checkpoint import Checkpoint
+from exporter.checkpoint.config import read_json
 from exporter.errors import InputError
-from exporter.files import save_tensors, written_whole
+from exporter.files import save_tensors, sha256, written_whole
 from exporter.quantized import QuantizedTensor, pack_int4, unpack_int4
-from exporter.spec import ModelSpec, Precision, WeightScheme
+from exporter.spec import ModelSpec, Precision, Recipe, WeightScheme
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 StoredWeight = QuantizedTensor | Tensor
 """Codes and scales, a float16 or float32 matrix, or the float32 vector of a norm."""
@@ -35,12 +38,25 @@ class StoreKey:
 
     source_sha256: str
     scheme: WeightScheme
-    algorithm: str
-    corpus_sha256: str = ""
+    recipe: Recipe | None = None
+    """None: nothing is quantized."""
+    text: str = ""
+    """What identifies the text of calibration: a digest of its windows, or how the model wrote them itself."""
 
     def digest(self) -> str:
         content = {"format": FORMAT_VERSION, **asdict(self)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorError:
+    """What quantization did to one tensor: lost energy over energy, of its output on the text of calibration, or of the
+    weights themselves where there is none."""
+
+    rounded: float = 0.0
+    """Rounded to nearest, as the checkpoint has it."""
+    stored: float = 0.0
+    """As it is stored."""
 
 
 class WeightStore:
@@ -62,7 +78,7 @@ class WeightStore:
     def __getitem__(self, name: str) -> StoredWeight:
         """Raises InputError where the file or the checkpoint cannot be read, or float16 cannot hold a value."""
         if not self._is_matrix(name):
-            return self.checkpoint.read(name).float()
+            return self._read_vector(name)
         match self.scheme.precision(name):
             case Precision.FP32:
                 return self.checkpoint.read(name).float()
@@ -85,43 +101,127 @@ class WeightStore:
     def part_file(self, layer: int | None) -> Path:
         return self.folder / ("ends.safetensors" if layer is None else f"layer-{layer:03d}.safetensors")
 
-    def write_part(self, layer: int | None, tensors: list[QuantizedTensor], *, errors: dict[str, float]) -> None:
-        """Store the codes of one layer, with the relative error of each tensor beside them; whole or not at all."""
-        contents: dict[str, Tensor] = {}
+    def write_part(
+        self,
+        layer: int | None,
+        tensors: list[QuantizedTensor],
+        *,
+        errors: dict[str, TensorError],
+        floats: dict[str, Tensor],
+    ) -> None:
+        """Store the codes of one layer and the norms that a method has changed, with the error of each tensor beside
+        them; whole or not at all."""
+        contents: dict[str, Tensor] = {name: tensor.float().contiguous() for name, tensor in floats.items()}
         for tensor in tensors:
             contents[f"{tensor.name}.codes"] = pack_int4(tensor.codes) if tensor.bits == 4 else tensor.codes
             contents[f"{tensor.name}.scales"] = tensor.scales.to(torch.bfloat16)
-        save_tensors(self.part_file(layer), contents, metadata={"errors": json.dumps(errors, sort_keys=True)})
+        written = {name: asdict(error) for name, error in errors.items()}
+        save_tensors(self.part_file(layer), contents, metadata={"errors": json.dumps(written, sort_keys=True)})
 
-    def read_errors(self) -> dict[str, float]:
-        """Relative squared-norm error of each quantized tensor, as it was measured when it was quantized."""
-        errors: dict[str, float] = {}
+    def read_errors(self) -> dict[str, TensorError]:
+        """Of each quantized tensor, as it was measured when it was quantized."""
+        errors: dict[str, TensorError] = {}
         for layer in (*range(self.spec.num_hidden_layers), None):
             if self.part_file(layer).exists():
                 with safe_open(self.part_file(layer), framework="pt") as part:
-                    errors |= json.loads(part.metadata()["errors"])
+                    written = json.loads(part.metadata()["errors"])
+                errors |= {name: TensorError(**error) for name, error in written.items()}
         return errors
 
-    def write_summary(self) -> None:
-        """``store.json``: what the codes beside it are, and the error of each tensor; for people and other tools."""
-        summary = {"format": FORMAT_VERSION, **asdict(self.key), "relative_error": self.read_errors()}
-        with written_whole(self.folder / "store.json") as path:
+    @property
+    def windows_file(self) -> Path:
+        return self.folder / "windows.safetensors"
+
+    def write_windows(self, windows: Tensor) -> None:
+        """Keep the text of calibration, int64 ``[W, T]``: a run that resumes is to see the same."""
+        save_tensors(self.windows_file, {"ids": windows})
+
+    def read_windows(self) -> Tensor:
+        """int64 ``[W, T]``"""
+        with self._open(self.windows_file) as file:
+            return file.get_tensor("ids")
+
+    def ranges_file(self, layer: int) -> Path:
+        return self.folder / f"ranges-{layer:03d}.json"
+
+    def write_ranges(self, layer: int, ranges: Mapping[str, Any]) -> None:
+        """The ranges of the activations on each edge of a layer (``calibration.ranges``)."""
+        with written_whole(self.ranges_file(layer)) as path:
+            path.write_text(json.dumps(ranges, indent=1) + "\n", encoding="utf-8")
+
+    def read_ranges(self) -> dict[str, Any]:
+        """By the name of the edge, in the order of the graph; empty where no text was used."""
+        ranges: dict[str, Any] = {}
+        for path in sorted(self.folder.glob("ranges-*.json")):
+            ranges |= json.loads(path.read_text(encoding="utf-8"))
+        return ranges
+
+    def write_summary(self, *, text_source: str) -> None:
+        """``store.json``: what the codes beside it are and were calibrated with, and the error of each tensor; for
+        people and other tools."""
+        summary = {
+            "format": FORMAT_VERSION,
+            **asdict(self.key),
+            "calibration": self._calibration(text_source),
+            "errors": {name: asdict(error) for name, error in self.read_errors().items()},
+        }
+        with written_whole(self._summary) as path:
             path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+    def write_timings(self, timings: Mapping[str, Any]) -> None:
+        """``timings.json``: what each stage took in the run that completed the store (``calibration.ledger``)."""
+        with written_whole(self.folder / "timings.json") as path:
+            path.write_text(json.dumps(timings, indent=2) + "\n", encoding="utf-8")
+
+    def read_timings(self) -> dict[str, Any]:
+        return read_json(self.folder / "timings.json")
+
+    def calibration_facts(self) -> dict[str, Any]:
+        """How the codes were chosen, for the manifest: algorithm, text, its digest and size; ``none`` for floats."""
+        if not self._summary.exists():
+            return {"algorithm": "none"}
+        facts: dict[str, Any] = read_json(self._summary)["calibration"]
+        return facts
+
+    @property
+    def is_summed_up(self) -> bool:
+        return self._summary.exists()
+
+    @property
+    def _summary(self) -> Path:
+        return self.folder / "store.json"
+
+    def _calibration(self, text_source: str) -> dict[str, Any]:
+        facts: dict[str, Any] = {"algorithm": str(self.key.recipe), "recipe": asdict(self.key)["recipe"]}
+        if not self.key.text:
+            return facts
+        windows = self.read_windows()
+        return {
+            **facts,
+            "text": self.key.text,
+            "source": text_source,
+            "corpus_sha256": sha256(self.windows_file),
+            "windows": windows.shape[0],
+            "window_length": windows.shape[1],
+            "tokens": windows.numel(),
+        }
 
     def _is_matrix(self, name: str) -> bool:
         return len(self.spec.weights()[name]) == 2
 
-    def _read_quantized(self, name: str) -> QuantizedTensor:
+    def _read_vector(self, name: str) -> Tensor:
         file = self.part_file(_layer_of(name))
+        if file.exists():
+            with self._open(file) as part:
+                if name in part.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    return part.get_tensor(name)
+        return self.checkpoint.read(name).float()
+
+    def _read_quantized(self, name: str) -> QuantizedTensor:
         bits = self.scheme.precision(name).bits
         assert bits is not None  # the caller has asked
-        try:
-            with safe_open(file, framework="pt") as part:
-                codes, scales = part.get_tensor(f"{name}.codes"), part.get_tensor(f"{name}.scales")
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"the store at {file} cannot be read: {error}", hint=f"remove {self.folder} and run again"
-            ) from error
+        with self._open(self.part_file(_layer_of(name))) as part:
+            codes, scales = part.get_tensor(f"{name}.codes"), part.get_tensor(f"{name}.scales")
         return QuantizedTensor(
             name=name,
             bits=bits,
@@ -129,6 +229,16 @@ class WeightStore:
             codes=unpack_int4(codes) if bits == 4 else codes,
             scales=scales.float(),
         )
+
+    @contextmanager
+    def _open(self, file: Path) -> Iterator[Any]:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                yield opened
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"the store at {file} cannot be read: {error}", hint=f"remove {self.folder} and run again"
+            ) from error
 
 
 def _layer_of(name: str) -> int | None:

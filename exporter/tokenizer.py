@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,42 @@ class Tokenizer:
         template = self._tokenizer.chat_template
         return template if isinstance(template, str) else None
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that mark structure and stand for no text: begin, end, headers, those held in reserve."""
+        return frozenset(id for id, token in self._tokenizer.added_tokens_decoder.items() if token.special)
+
     def chat(self, message: str) -> list[int]:
-        """Token ids of one user message in the model's chat template, ready for the assistant to answer."""
-        text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
-        )
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        """Token ids of one user message in the model's chat template, ready for the assistant to answer.
+
+        Raises InputError where there is no template, or where it fails.
+        """
+        return self._render([{"role": "user", "content": message}], add_generation_prompt=True)
+
+    def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a whole conversation (``role`` and ``content`` of each message) in the model's chat template.
+
+        Raises InputError where there is no template, or where it fails or refuses these messages.
+        """
+        return self._render(messages, add_generation_prompt=False)
+
+    def _render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> list[int]:
+        from jinja2 import TemplateError
+
+        if not self._tokenizer.chat_template:
+            raise InputError(
+                f"the tokenizer in {self.folder} has no chat template, which messages need",
+                hint="copy tokenizer_config.json or chat_template.jinja into the checkpoint, or give plain text",
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        # A template is a program: beside its own refusals it may fail as any expression does.
+        except (TemplateError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            raise InputError(
+                f"the chat template fails: {error}",
+                hint="give messages in the order and the roles that this model was trained with",
+            ) from error
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return ids

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from calibration.layers import ROUNDED
 from exporter.checkpoint import BUNDLED_MODEL
 from exporter.quantized import QuantizedTensor
-from exporter.spec import Logits, Plan, Precision, WeightScheme, activation_block
+from exporter.spec import Logits, Plan, Precision, Rule, Sampling, WeightScheme, activation_block
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -82,16 +83,26 @@ def write_toy(folder: Path, *, seed: int = 0, shards: int = 1, **config: Any) ->
 def make_plan(tmp_path: Path) -> Callable[..., Plan]:
     """A maker of plans for a checkpoint folder; everything it writes lies below the test's own folder."""
 
-    def make(checkpoint: Path, *, precision: str = "int4", head: str | None = None, **changes: Any) -> Plan:
+    def make(
+        checkpoint: Path,
+        *,
+        precision: str = "int4",
+        head: str | None = None,
+        group_size: int = 32,
+        rules: tuple[Rule, ...] = (),
+        **changes: Any,
+    ) -> Plan:
         body = Precision(precision)
         ends = Precision(head or ("int8" if body.bits else precision))
-        scheme = WeightScheme(body=body, embedding=ends, head=ends, group_size=32)
+        scheme = WeightScheme(body=body, embedding=ends, head=ends, group_size=group_size, rules=rules)
         defaults: dict[str, Any] = {
             "checkpoint": checkpoint,
             "targets": ("onnxruntime",),
             "scheme": scheme,
             "context": 64,
             "logits": Logits.LAST,
+            "recipe": ROUNDED,
+            "sampling": Sampling(),
             "out": tmp_path / "out",
             "store": tmp_path / "store",
             "evaluation_text": BUNDLED_MODEL / "evaluation.txt",

@@ -24,7 +24,7 @@ LAYERS = (
     ("calibration",),
     ("targets",),
     ("exporter.codes", "exporter.parity", "exporter.quality", "exporter.latency", "exporter.bundle", "exporter.prove"),
-    ("exporter.pipeline", "exporter.report", "exporter.progress"),
+    ("exporter.pipeline", "exporter.texts", "exporter.report", "exporter.progress"),
     ("exporter.cli", "exporter.optimum_command"),
 )
 """From the bottom up. A module may import from its own layer and from those below it."""

@@ -14,19 +14,31 @@ import torch
 from typer.testing import CliRunner
 
 import targets
-from calibration.layers import quantize
+from calibration.layers import ROUNDED, quantize
 from calibration.rtn import encode, to_scale_grid
-from exporter.bundle import MANIFEST, Goldens, file_entries, open_bundle, read_artifact, write_json
+from exporter.bundle import (
+    MANIFEST,
+    Goldens,
+    Verdicts,
+    file_entries,
+    open_bundle,
+    read_artifact,
+    write_json,
+    write_manifest,
+)
 from exporter.checkpoint import open_checkpoint
 from exporter.cli import app
+from exporter.codes import digest, weight_digests
 from exporter.errors import InputError
 from exporter.model.graph import Constant, Graph
 from exporter.model.reference import Reference
 from exporter.model.trace import trace
-from exporter.prove import ask_reference, prove_parity
+from exporter.parity import drive_for
+from exporter.prove import ask_reference, prove_codes, prove_parity
 from exporter.quantized import QuantizedTensor
-from exporter.spec import Artifact, Plan, Precision, Verdict, WeightScheme
+from exporter.spec import Artifact, Plan, Precision, Rule, Sampling, Verdict, WeightScheme
 from exporter.store import StoredWeight, WeightStore
+from exporter.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.toolchain
 RUNNER = CliRunner()
@@ -63,19 +75,26 @@ def bundle(request: pytest.FixtureRequest, workshop: tuple[Path, Graph, WeightSt
     folder, graph, store = workshop
     name = request.param
     words = ["-t", name, "-c", str(CONTEXT), "-o", str(folder / "out"), "--store", str(folder / "store"), "--json"]
+    words += ["--calibration", "none"]
     result = RUNNER.invoke(app, words)
     assert result.exit_code == 0, result.output
-    plan = Plan(
+    plan = plan_for(sample, name=name, scheme=store.scheme, folder=folder)
+    return Bundle(target=name, folder=folder / "out" / name, graph=graph, store=store, plan=plan)
+
+
+def plan_for(sample: Path, *, name: str, scheme: WeightScheme, folder: Path) -> Plan:
+    return Plan(
         checkpoint=sample,
         targets=(name,),
-        scheme=store.scheme,
+        scheme=scheme,
         context=CONTEXT,
+        recipe=ROUNDED,
+        sampling=Sampling(),
         out=folder / "out",
         store=folder / "store",
         evaluation_text=sample / "evaluation.txt",
         threads=1,
     )
-    return Bundle(target=name, folder=folder / "out" / name, graph=graph, store=store, plan=plan)
 
 
 def validate(folder: Path, bundle: Bundle, *, against: bool) -> tuple[int, dict[str, Any]]:
@@ -154,6 +173,7 @@ def test_the_manifest_tells_what_the_artifact_is(bundle: Bundle) -> None:
     assert manifest["precision"] == "int4"
     scheme = {"weights", "group_size", "embedding", "head", "activations", "compute_dtype", "kv_dtype"}
     assert scheme <= manifest["scheme"].keys()
+    assert manifest["scheme"]["rules"] == []
     assert (manifest["context"], manifest["target"]) == (CONTEXT, bundle.target)
     assert {"backend", "calibration", "files", "model", "source", "tools"} <= manifest.keys()
     assert {entry["path"] for entry in manifest["files"]} >= {"tokenizer.json", "goldens.json", "chat_template.jinja"}
@@ -175,6 +195,40 @@ def test_the_manifest_tells_what_the_artifact_is(bundle: Bundle) -> None:
     assert manifest["parity"]["positions"] >= 64
     measured = manifest["latency"]["verdict"]
     assert measured == ("not measured" if targets.load(bundle.target).latency_unmeasurable() else "passed")
+
+
+IN_PLACES = ("layers.0.mlp.down_proj", "layers.1.self_attn.*", "layers.2.self_attn.[qv]_proj", "layers.3.mlp.gate_proj")
+"""Matrices that are to be int8: a whole attention, and some of those that share an input with others."""
+
+
+@pytest.mark.parametrize("name", targets.NAMES)
+def test_a_body_of_two_precisions_is_proven_and_told_by_its_manifest(name: str, sample: Path, tmp_path: Path) -> None:
+    ends, rules = Precision.INT8, tuple(Rule(pattern=pattern, precision=Precision.INT8) for pattern in IN_PLACES)
+    scheme = WeightScheme(body=Precision.INT4, embedding=ends, head=ends, group_size=32, rules=rules)
+    checkpoint, target = open_checkpoint(sample), targets.load(name)
+    store, _ = quantize(checkpoint, scheme, root=tmp_path / "store")
+    graph, plan = trace(checkpoint.spec), plan_for(sample, name=name, scheme=scheme, folder=tmp_path)
+    plan.out.mkdir()
+    artifact = target.lower(graph, store, plan, plan.out)
+    text = (sample / "evaluation.txt").read_text(encoding="utf-8")
+    answers = ask_reference(graph, store, artifact, drive_for(Tokenizer(sample).encode(text)[:128], context=CONTEXT))
+    codes = prove_codes(target, artifact, expected=weight_digests(store))
+    parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=plan)
+    assert (codes.verdict, parity.verdict) == (Verdict.PASSED, Verdict.PASSED), (codes, parity)
+    verdicts = Verdicts(codes=codes, parity=parity, quality=parity, latency=parity)
+    manifest = write_manifest(plan.out, artifact=artifact, checkpoint=checkpoint, calibration={}, verdicts=verdicts)
+    assert manifest["scheme"]["rules"] == [{"pattern": pattern, "precision": "int8"} for pattern in IN_PLACES]
+    assert read_artifact(open_bundle(plan.out), path=artifact.path) == artifact
+
+
+def test_a_manifest_without_rules_is_read_and_one_with_broken_rules_is_refused(bundle: Bundle) -> None:
+    manifest = open_bundle(bundle.folder)
+    path, scheme = targets.load(bundle.target).find(bundle.folder), manifest["scheme"]
+    older = {key: value for key, value in scheme.items() if key != "rules"}
+    assert read_artifact({**manifest, "scheme": older}, path=path).scheme == bundle.store.scheme
+    for rules in (None, ["k_proj"], [{"pattern": "k_proj"}], [{"pattern": "k_proj", "precision": "int3"}]):
+        with pytest.raises(InputError, match="is not as an export writes it"):
+            read_artifact({**manifest, "scheme": {**scheme, "rules": rules}}, path=path)
 
 
 def test_greedy_goldens_are_what_the_artifact_says(bundle: Bundle) -> None:
@@ -208,6 +262,39 @@ def test_weights_that_are_not_the_stores_fail_codes(
     assert code == 7
     assert manifest["codes"]["verdict"] == "failed"
     assert manifest["codes"]["wrong"] == [VICTIM]
+
+
+class Folded:
+    """A store whose attention norm of layer 1 is half the checkpoint's, and what it feeds twice: the same model."""
+
+    def __init__(self, store: WeightStore) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def __getitem__(self, name: str) -> StoredWeight:
+        stored = self._store[name]
+        if isinstance(stored, QuantizedTensor):
+            fed = name in {f"model.layers.1.self_attn.{kind}_proj.weight" for kind in "qkv"}
+            return dataclasses.replace(stored, scales=stored.scales * 2) if fed else stored
+        return stored / 2 if name == "model.layers.1.input_layernorm.weight" else stored
+
+
+def test_norms_are_the_stores_and_not_the_checkpoints(bundle: Bundle, tmp_path: Path) -> None:
+    """Powers of two change no rounding: to the bit, the folded model gives what the plain one gives."""
+    store, target, ids = Folded(bundle.store), targets.load(bundle.target), list(range(100, 140))
+    folded = lower_again(bundle, tmp_path / "bundle", store=store)
+    logits = []
+    for folder in (bundle.folder, folded):
+        artifact = read_artifact(open_bundle(folder), path=target.find(folder))
+        with target.open(artifact, threads=1) as runner:
+            logits.append(runner.feed(ids))
+    assert torch.equal(*logits)
+    expected = {name: digest(store[name]) for name in bundle.store}
+    assert prove_codes(target, artifact, expected=expected).verdict is Verdict.PASSED
+    expected = weight_digests(bundle.store)
+    assert len(prove_codes(target, artifact, expected=expected).figures["wrong"]) == 4
 
 
 @pytest.mark.parametrize("against", [False, True])

@@ -28,6 +28,10 @@ ROOT = Path(__file__).parents[1]
         "--precision int4 --group-size 64",
         "--precision int4 --group-size 128",
         "--precision int4 --head int4",
+        "--precision int4 --group-size row",
+        "--precision int4 --group-size row --head int4",
+        "--precision int4 --rule layers.0.mlp.down_proj=int8 --rule *.[qv]_proj=int8",
+        "--precision int8 --rule layers.*.mlp.up_proj=int4 --rule layers.1.self_attn.*=int4",
         "--precision int4 --context 100",
         "--precision int4 --logits all",
     ],
@@ -43,7 +47,7 @@ def test_codes_and_parity_pass(words: str, target: str, tmp_path: Path) -> None:
     within = manifest["quality"]["mean_kl_nats"] <= budget
     assert verdicts["quality"] == ("passed" if within else "failed")
     assert result.exit_code == (0 if within else 8)
-    assert within or "--group-size" in words or "--head" in words
+    assert within or any(option in words for option in ("--group-size", "--head", "--precision int8 --rule"))
 
 
 def test_the_wheel_carries_the_sample_and_works_without_the_source(tmp_path: Path) -> None:

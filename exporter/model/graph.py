@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,9 @@ class Node:
 Table = Mapping[str, Callable[..., Any]]
 """What a target does for each op: a function of the target's own values, giving one or a tuple of them."""
 
+Observer = Callable[[Node, Sequence[Any], tuple[Any, ...]], None]
+"""Called after a node has run, with the node, its arguments and its results."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graph:
@@ -74,23 +77,32 @@ class Graph:
             if node.op not in VOCABULARY:
                 raise ValueError(f"node {node.name} is a {node.op!r}; a graph holds only {', '.join(VOCABULARY)}")
 
-    def run(self, table: Table, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Walk the nodes in order, calling ``table[node.op]`` on the target's own values; give the named outputs.
-
-        Raises LoweringError for an op that the table does not know.
-        """
+    def run(self, table: Table, inputs: Mapping[str, Any], observe: Observer | None = None) -> dict[str, Any]:
+        """Walk every node in order from the named ``inputs``; give the named outputs. Raises as ``walk`` does."""
         values: dict[Value, Any] = {Value(name): inputs[name] for name in self.inputs}
-        for node in self.nodes:
-            if node.op not in table:
-                raise LoweringError(
-                    f"this target has no lowering for op {node.op!r} (node {node.name}); it knows {', '.join(table)}",
-                    hint="choose another target for this model",
-                )
-            arguments = [values[a] if isinstance(a, Value) else a for a in node.arguments]
-            results = table[node.op](*arguments)
-            for index, result in enumerate(results if isinstance(results, tuple) else (results,)):
-                values[Value(node.name, index)] = result
+        walk(self.nodes, table, values, observe)
         return {name: values[value] for name, value in self.outputs.items()}
+
+
+def walk(nodes: Iterable[Node], table: Table, values: dict[Value, Any], observe: Observer | None = None) -> None:
+    """Call ``table[node.op]`` for each of ``nodes`` on the target's own values, and add the results to ``values``.
+
+    ``observe`` sees each node with its arguments and results. Raises LoweringError for an op that the table does not
+    know.
+    """
+    for node in nodes:
+        if node.op not in table:
+            raise LoweringError(
+                f"this target has no lowering for op {node.op!r} (node {node.name}); it knows {', '.join(table)}",
+                hint="choose another target for this model",
+            )
+        arguments = [values[a] if isinstance(a, Value) else a for a in node.arguments]
+        result = table[node.op](*arguments)
+        results = result if isinstance(result, tuple) else (result,)
+        for index, value in enumerate(results):
+            values[Value(node.name, index)] = value
+        if observe:
+            observe(node, arguments, results)
 
 
 def cache_names(layers: int) -> list[tuple[str, str]]:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exporter.model.graph import Constant, Graph, Table, Weight, cache_names
-from exporter.model.ops import attention
+from exporter.model.eager import eager_table
+from exporter.model.graph import Graph, Weight, cache_names
 from exporter.quantized import QuantizedTensor
 from exporter.spec import Activations, Arithmetic, activation_block
 from exporter.store import StoredWeight
@@ -58,15 +58,7 @@ class Reference:
         self._kept_bytes = 0
         self._keep_bytes = keep_bytes
         self._caches = self._empty_caches()
-        self._table: Table = {
-            "embedding": lambda ids, weight: F.embedding(ids, self._dense(weight).values),
-            "linear": self._linear,
-            "rms_norm": lambda x, weight, eps: F.rms_norm(x, x.shape[-1:], self._dense(weight).values, eps),
-            "silu": F.silu,
-            "mul": torch.mul,
-            "add": torch.add,
-            "attention": _attention,
-        }
+        self._table = eager_table(lambda weight: self._dense(weight).values, linear=self._linear)
 
     @property
     def position(self) -> int:
@@ -168,20 +160,3 @@ def _int8_per_block(x: Tensor, block: int) -> Tensor:
     largest = blocks.abs().amax(dim=-1, keepdim=True)
     codes = (blocks * torch.where(largest == 0, 0.0, torch.full_like(largest, 127.0) / largest)).round()
     return (codes * (largest / 127.0)).flatten(-2)
-
-
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor,
-    past_v: Tensor,
-    inv_freq: Constant | None,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    window: int,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    frequencies = inv_freq.value if inv_freq else None
-    return attention(q, k, v, past_k, past_v, frequencies, heads, kv_heads, scale, window, chunk)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Precision, WeightScheme
+from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, WeightScheme
 
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
@@ -31,12 +31,13 @@ class ExecuTorchTarget:
         if plan.context < _LEAST_CONTEXT:
             return f"the context is {plan.context}, a program of dynamic length needs at least {_LEAST_CONTEXT}"
         for name, shape in spec.weights().items():
-            if len(shape) == 2 and scheme.precision(name) is Precision.INT4 and shape[1] % scheme.group_size:
+            if len(shape) == 2 and shape[1] % scheme.groups(name, columns=shape[1]):
                 return f"{name} has {shape[1]} columns, which int4 groups of {scheme.group_size} do not divide"
         return None
 
     def arithmetic(self, scheme: WeightScheme) -> Arithmetic:
-        quantized = any(precision.bits for precision in (scheme.body, scheme.embedding, scheme.head))
+        ruled = [rule.precision for rule in scheme.rules]
+        quantized = any(precision.bits for precision in (scheme.body, scheme.embedding, scheme.head, *ruled))
         return Arithmetic(
             activations=Activations.INT8_PER_TOKEN if quantized else Activations.FLOAT,
             compute_dtype="fp32",

@@ -74,7 +74,7 @@ class Int8Embedding(nn.Module):
 
 
 class Int4Embedding(nn.Module):
-    """tokens [1, T] -> float32 [1, T, H] from int4 codes with a scale for each group; the *high* nibble comes first."""
+    """tokens [1, T] -> float32 [1, T, H] from int4 codes, scaled by group or by row; the *high* nibble comes first."""
 
     def __init__(self, table: QuantizedTensor) -> None:
         super().__init__()

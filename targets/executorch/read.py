@@ -30,7 +30,7 @@ with border.toolchain("be imported"):
     from executorch.exir.schema import KernelCall, Program
     from executorch.exir.schema import Tensor as ProgramTensor
 
-    from targets.executorch.xnnpack import CODES, NIBBLE_OFFSET, SCALES
+    from targets.executorch.xnnpack import CODES, NIBBLE_OFFSET, ROW_SCALES, SCALES
 
 _BITS_OF_KERNEL = {
     "aten::embedding": None,
@@ -152,9 +152,12 @@ def _read_delegated(file: ProgramFile, name: str, shape: tuple[int, ...]) -> Sto
         codes = file.named(name + CODES, shape=shape, dtype=torch.int8)
         return _quantized(name, codes, file.named(name + SCALES, shape=(rows, 1), dtype=torch.float32), bits=8)
     packed = file.named(name + CODES, shape=(rows, columns // 2), dtype=torch.uint8)
-    groups = file.size(name + SCALES) // (rows * torch.bfloat16.itemsize)
-    scales = file.named(name + SCALES, shape=(rows, groups), dtype=torch.bfloat16)
-    return _quantized(name, unpack_int4(packed ^ NIBBLE_OFFSET), scales.float(), bits=4)
+    if name + ROW_SCALES in file:
+        scales = file.named(name + ROW_SCALES, shape=(rows, 1), dtype=torch.float32)
+    else:
+        groups = file.size(name + SCALES) // (rows * torch.bfloat16.itemsize)
+        scales = file.named(name + SCALES, shape=(rows, groups), dtype=torch.bfloat16).float()
+    return _quantized(name, unpack_int4(packed ^ NIBBLE_OFFSET), scales, bits=4)
 
 
 def _quantized(name: str, codes: Tensor, scales: Tensor, *, bits: int) -> QuantizedTensor:

@@ -14,6 +14,7 @@ How a weight is stored and what XNNPACK computes:
     float16          f32 x f16: the weight lies in the file as float16, XNNPACK widens it when it packs it at load
     int8 per row     qdint8 x qcint8: activations rounded to int8 for each token as they come, float32 scales
     int4 by groups   qdint8 x qbint4: the same activations, bf16 scales
+    int4 per row     qdint8 x qcint4: the same activations, float32 scales
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ from exporter.errors import LoweringError
 from exporter.quantized import QuantizedTensor, pack_int4
 from exporter.store import StoredWeight
 
-CODES, SCALES = ".codes", ".scales"
-"""What follows a weight's name in the named data; a float weight lies under the bare name."""
+CODES, SCALES, ROW_SCALES = ".codes", ".scales", ".row_scales"
+"""What follows a weight's name in the named data; a float weight lies under the bare name. ``ROW_SCALES`` are those of
+int4 with one a row: by their size alone, they could be the bf16 scales of two groups."""
 
 NIBBLE_OFFSET = 0x88
 """XNNPACK's int4 codes count from -8: a two's-complement nibble with its highest bit flipped."""
@@ -51,6 +53,7 @@ _BITS = {
     xnn.XNNDatatype.xnn_datatype_fp32: 32,
     xnn.XNNDatatype.xnn_datatype_fp16: 16,
     xnn.XNNDatatype.xnn_datatype_qcint8: 8,
+    xnn.XNNDatatype.xnn_datatype_qcint4: 4,
     xnn.XNNDatatype.xnn_datatype_qbint4: 4,
 }
 _FLOATS = {
@@ -83,7 +86,7 @@ class Segment:
         self.outputs: list[Wire] = []
         self._ids: dict[Wire, int] = {}
         self._constant_ids: dict[str, int] = {}
-        self._rounded_ids: dict[Wire, int] = {}
+        self._rounded_ids: dict[tuple[Wire, xnn.XNNDatatype], int] = {}
         self._values: list[xnn.XValue] = []
         self._nodes: list[xnn.XNode] = []
         self._constants = [xnn.ConstantDataOffset(0, 0)]  # buffer 0 means: not a constant
@@ -92,7 +95,7 @@ class Segment:
     def linear(self, x: Wire, *, name: str, weight: StoredWeight) -> Wire:
         """``x`` [1, T, K] times the transpose of ``weight`` [N, K]."""
         if isinstance(weight, QuantizedTensor):
-            source, kernel = self._rounded(x), self._codes(weight)
+            source, kernel = self._rounded(x, kernel=_codes_datatype(weight)), self._codes(weight)
         else:
             source, kernel = self._use(x), self._floats(name, weight, dtype=weight.dtype)
         result = self._wire((*x.shape[:-1], weight.shape[0]))
@@ -192,18 +195,18 @@ class Segment:
         return self._constant_ids[key]
 
     def _codes(self, weight: QuantizedTensor) -> int:
-        if weight.bits == 8:
-            scales = _bytes(weight.scales)
-            quantization = xnn.PerChannelQuant(scale=[], channel_dim=0)
-            data, datatype = _bytes(weight.codes), xnn.XNNDatatype.xnn_datatype_qcint8
-        else:
-            scales = _bytes(weight.scales.to(torch.bfloat16))
+        datatype = _codes_datatype(weight)
+        if datatype == xnn.XNNDatatype.xnn_datatype_qbint4:
+            scales, suffix = weight.scales.to(torch.bfloat16), SCALES
             quantization = xnn.PerChannelGroupQuant(scale=[], channel_dim=0, group_size=weight.group_size)
-            data, datatype = _bytes(pack_int4(weight.codes) ^ NIBBLE_OFFSET), xnn.XNNDatatype.xnn_datatype_qbint4
+        else:
+            scales, suffix = weight.scales, SCALES if weight.bits == 8 else ROW_SCALES
+            quantization = xnn.PerChannelQuant(scale=[], channel_dim=0)
         quantization.num_scales = weight.scales.numel()
-        quantization.scale_buffer_idx = self._buffer(weight.name + SCALES, scales)
+        quantization.scale_buffer_idx = self._buffer(weight.name + suffix, _bytes(scales))
+        codes = weight.codes if weight.bits == 8 else pack_int4(weight.codes) ^ NIBBLE_OFFSET
         return self.constant(
-            weight.name + CODES, data, shape=weight.shape, datatype=datatype, quantization=quantization
+            weight.name + CODES, _bytes(codes), shape=weight.shape, datatype=datatype, quantization=quantization
         )
 
     def _floats(self, name: str, weight: Tensor, *, dtype: torch.dtype) -> int:
@@ -226,17 +229,22 @@ class Segment:
                 wire.source.send(wire)
         return self._ids[wire]
 
-    def _rounded(self, x: Wire) -> int:
-        """``x`` in int8 with a scale and zero point for each token, made once for all linears that take it."""
-        if x not in self._rounded_ids:
+    def _rounded(self, x: Wire, *, kernel: xnn.XNNDatatype) -> int:
+        """``x`` in int8 with a scale and zero point for each token, made once for all linears with codes of one type.
+
+        Not once for all linears: where XNNPACK does not round inside of each, it lays the rounded rows out (signed,
+        unsigned, packed) as suits the type of codes of one that takes them, and gives them to the others as they are
+        (``xnn_subgraph_optimize_packed_lhs`` in its src/subgraph/subgraph.c).
+        """
+        if (x, kernel) not in self._rounded_ids:
             rounded = self._value(
                 x.shape,
                 datatype=xnn.XNNDatatype.xnn_datatype_qdint8,
                 quantization=xnn.PerTokenDynamicQuant(num_nonbatch_dims=1),
             )
             self._node(xnn.XNNConvert(self._use(x), rounded, 0))
-            self._rounded_ids[x] = rounded
-        return self._rounded_ids[x]
+            self._rounded_ids[x, kernel] = rounded
+        return self._rounded_ids[x, kernel]
 
     def _unary(self, node: type[xnn.XNNNode1x1], x: Wire) -> Wire:
         source, result = self._use(x), self._wire(x.shape)
@@ -290,6 +298,13 @@ class Segment:
 
     def _node(self, node: xnn.XNodeUnion) -> None:
         self._nodes.append(xnn.XNode(node, _NO_DEBUG_HANDLE))
+
+
+def _codes_datatype(weight: QuantizedTensor) -> xnn.XNNDatatype:
+    if weight.bits == 8:
+        return xnn.XNNDatatype.xnn_datatype_qcint8
+    one_scale_per_row = weight.scales.shape[1] == 1
+    return xnn.XNNDatatype.xnn_datatype_qcint4 if one_scale_per_row else xnn.XNNDatatype.xnn_datatype_qbint4
 
 
 def _bytes(tensor: Tensor) -> bytes:

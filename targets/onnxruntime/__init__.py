@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Precision, WeightScheme
+from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, WeightScheme
 
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
@@ -24,16 +24,16 @@ class OnnxRuntimeTarget:
     format: ClassVar[str] = ".onnx with external data, genai_config.json"
 
     def refuse(self, spec: ModelSpec, plan: Plan) -> str | None:
-        matrices = {name: shape for name, shape in spec.weights().items() if len(shape) == 2}
-        odd = [
-            f"{name} has {shape[1]} columns"
-            for name, shape in matrices.items()
-            if plan.scheme.precision(name) is Precision.INT8 and shape[1] % 16
-        ]
-        return f"MatMulNBits takes blocks of 16 columns or more, but {odd[0]}" if odd else None
+        scheme = plan.scheme
+        for name, shape in spec.weights().items():
+            one_scale_per_row = len(shape) == 2 and scheme.groups(name, columns=shape[1]) == shape[1]
+            if one_scale_per_row and scheme.precision(name).bits and shape[1] % 16:
+                return f"MatMulNBits takes blocks of 16 columns or more, but {name} has {shape[1]} columns"
+        return None
 
     def arithmetic(self, scheme: WeightScheme) -> Arithmetic:
-        quantized = scheme.body.bits or scheme.head.bits
+        ruled = [rule.precision for rule in scheme.rules]
+        quantized = any(precision.bits for precision in (scheme.body, scheme.head, *ruled))
         activations = Activations.INT8_PER_BLOCK if quantized else Activations.FLOAT
         return Arithmetic(activations=activations, compute_dtype="fp32", kv_dtype="fp32")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from exporter.checkpoint import open_checkpoint
 from exporter.errors import LoweringError
 from exporter.model.graph import VOCABULARY, Graph, Node
-from exporter.model.ops import attention
+from exporter.model.ops import attention, attention_edges
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.rope import inverse_frequencies
 from exporter.model.trace import trace
@@ -38,7 +39,7 @@ ROPES: list[dict[str, Any]] = [
 
 def reference_of(folder: Path) -> Reference:
     checkpoint = open_checkpoint(folder)
-    key = StoreKey(source_sha256="", scheme=FP32, algorithm="")
+    key = StoreKey(source_sha256="", scheme=FP32)
     store = WeightStore(checkpoint=checkpoint, key=key, root=folder)
     return Reference(trace(checkpoint.spec), store, FULL_PRECISION)
 
@@ -156,6 +157,53 @@ def test_attention_equals_a_loop_over_positions(window: int, chunk: int, rotary:
             expected = torch.softmax(0.5 * keys @ query, dim=0) @ values
             assert torch.allclose(out[0, t, head * dim : (head + 1) * dim], expected, atol=1e-5)
     assert present_k.shape == present_v.shape == (1, kv_heads, past + length, dim)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize(("window", "chunk"), [(0, 0), (5, 0), (0, 8)])
+@pytest.mark.parametrize("past", [0, 7])
+@pytest.mark.parametrize("rotary", [True, False])
+def test_the_decomposed_attention_ends_in_the_results_of_the_op(
+    heads: int, kv_heads: int, window: int, chunk: int, past: int, rotary: bool
+) -> None:
+    arguments = attention_arguments(heads=heads, kv_heads=kv_heads, past=past, rotary=rotary)
+    expected = attention(*arguments, heads, kv_heads, 0.3, window, chunk)
+    edges = attention_edges(*arguments, heads, kv_heads, 0.3, window, chunk)
+    for got, wanted in zip((edges.context, edges.present_k, edges.present_v), expected, strict=True):
+        assert got.shape == wanted.shape
+        assert (got - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize(("window", "chunk"), [(0, 0), (5, 0), (0, 8)])
+def test_each_edge_of_an_attention_is_what_transformers_computes_there(window: int, chunk: int) -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+
+    past, length, heads, kv_heads = 7, 6, 6, 2
+    q, k, v, past_k, past_v, inv_freq = attention_arguments(heads=heads, kv_heads=kv_heads, past=past, rotary=True)
+    edges = attention_edges(q, k, v, past_k, past_v, inv_freq, heads, kv_heads, 0.3, window, chunk)
+    positions = torch.arange(past, past + length)
+    angles = torch.cat([positions[:, None] * inv_freq] * 2, dim=-1)[None]
+    q, k = (x.view(2, length, -1, 8).transpose(1, 2) for x in (q, k))
+    q_rotated, k_rotated = apply_rotary_pos_emb(q, k, angles.cos(), angles.sin())
+    scores = 0.3 * q_rotated @ repeat_kv(torch.cat([past_k, k_rotated], dim=2), heads // kv_heads).transpose(2, 3)
+    for t, s in itertools.product(range(length), range(past + length)):
+        near = past + t - s < (window or 99) and s // (chunk or 99) == (past + t) // (chunk or 99)
+        assert edges.visible[t, s] == (s <= past + t and near)
+    scores[..., ~edges.visible] = -torch.inf
+    torch.testing.assert_close(edges.q_rotated, q_rotated)
+    torch.testing.assert_close(edges.k_rotated, k_rotated)
+    torch.testing.assert_close(edges.scores, scores)
+    torch.testing.assert_close(edges.probabilities, scores.softmax(dim=-1))
+    assert (edges.probabilities[..., ~edges.visible] == 0).all()
+
+
+def attention_arguments(*, heads: int, kv_heads: int, past: int, rotary: bool) -> tuple[Any, ...]:
+    """q, k, v, both caches and frequencies for two sequences of six tokens, with eight channels a head."""
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(2, 6, heads * 8, generator=generator)
+    k, v = (torch.randn(2, 6, kv_heads * 8, generator=generator) for _ in range(2))
+    past_k, past_v = (torch.randn(2, kv_heads, past, 8, generator=generator) for _ in range(2))
+    return q, k, v, past_k, past_v, torch.tensor([1.0, 0.3, 0.1, 0.03]) if rotary else None
 
 
 def spec_of(**changes: Any) -> ModelSpec:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.layers import quantize
+from calibration.layers import ROUNDED, quantize
 from exporter.checkpoint import BUNDLED_MODEL, Checkpoint, open_checkpoint
 from exporter.errors import HostError, InputError, LoweringError, MissingToolError
 from exporter.metrics import kl_divergence
@@ -27,7 +27,18 @@ from exporter.model.graph import Graph, Node
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace
 from exporter.quantized import QuantizedTensor
-from exporter.spec import EMBEDDING, Arithmetic, Artifact, Logits, Plan, Precision, WeightScheme
+from exporter.spec import (
+    EMBEDDING,
+    PER_ROW,
+    Arithmetic,
+    Artifact,
+    Logits,
+    Plan,
+    Precision,
+    Rule,
+    Sampling,
+    WeightScheme,
+)
 from exporter.store import WeightStore
 from targets import load
 from targets.base import Runner
@@ -91,6 +102,8 @@ def export(
         scheme=scheme,
         context=context,
         logits=logits,
+        recipe=ROUNDED,
+        sampling=Sampling(),
         out=folder,
         store=folder / "store",
         evaluation_text=folder / "none.txt",
@@ -101,9 +114,21 @@ def export(
     return Exported(artifact=TARGET.lower(graph, store, plan, folder / "out"), graph=graph, store=store, plan=plan)
 
 
-def scheme_of(body: str, *, ends: str | None = None, group_size: int = 32) -> WeightScheme:
+def scheme_of(
+    body: str, *, ends: str | None = None, group_size: int = 32, rules: dict[str, str] | None = None
+) -> WeightScheme:
     precision = Precision(ends or body)
-    return WeightScheme(body=Precision(body), embedding=precision, head=precision, group_size=group_size)
+    return WeightScheme(
+        body=Precision(body),
+        embedding=precision,
+        head=precision,
+        group_size=group_size,
+        rules=tuple(Rule(pattern=name, precision=Precision(rule)) for name, rule in (rules or {}).items()),
+    )
+
+
+UNLIKE_TWINS = ("layers.0.self_attn.q_proj", "layers.0.mlp.up_proj", "layers.1.self_attn.[kv]_proj")
+"""Projections that are to differ in precision from others with the same input."""
 
 
 SCHEMES = {
@@ -114,6 +139,9 @@ SCHEMES = {
     "fp32": scheme_of("fp32"),
     "int4 between fp32 ends": scheme_of("int4", ends="fp32"),
     "fp32 between int8 ends": scheme_of("fp32", ends="int8"),
+    "int4 per row throughout": scheme_of("int4", group_size=PER_ROW),
+    "int4, int8 in places": scheme_of("int4", ends="int8", rules=dict.fromkeys(UNLIKE_TWINS, "int8")),
+    "int8, int4 in places": scheme_of("int8", rules=dict.fromkeys(UNLIKE_TWINS, "int4")),
 }
 
 
@@ -578,6 +606,8 @@ def test_a_context_of_one_position_is_refused(gqa: Checkpoint) -> None:
         targets=("coreml",),
         scheme=scheme_of("int4"),
         context=1,
+        recipe=ROUNDED,
+        sampling=Sampling(),
         out=gqa.folder,
         store=gqa.folder,
         evaluation_text=gqa.folder,

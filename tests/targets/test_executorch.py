@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from calibration.layers import quantize
+from calibration.layers import ROUNDED, quantize
 from exporter.checkpoint import BUNDLED_MODEL, open_checkpoint
 from exporter.checkpoint.config import read_spec
 from exporter.errors import CapacityError, InputError, LoweringError, MissingToolError
@@ -31,6 +31,7 @@ from exporter.quantized import QuantizedTensor
 from exporter.spec import (
     EMBEDDING,
     HEAD,
+    PER_ROW,
     Activations,
     Arithmetic,
     Artifact,
@@ -38,6 +39,8 @@ from exporter.spec import (
     ModelSpec,
     Plan,
     Precision,
+    Rule,
+    Sampling,
     WeightScheme,
 )
 from exporter.store import StoredWeight, WeightStore
@@ -89,6 +92,8 @@ class Lowered:
             scheme=scheme,
             context=context,
             logits=logits,
+            recipe=ROUNDED,
+            sampling=Sampling(),
             out=out,
             store=out / "store",
             evaluation_text=out / "unused.txt",
@@ -114,9 +119,17 @@ def write_checkpoint(folder: Path, *, tied: bool = True, layers: int = 2) -> Pat
     return folder
 
 
-def scheme_of(body: str, *, embedding: str = "", head: str = "", group_size: int = 32) -> WeightScheme:
+def scheme_of(
+    body: str, *, embedding: str = "", head: str = "", group_size: int = 32, rules: dict[str, str] | None = None
+) -> WeightScheme:
     ends = [Precision(precision or body) for precision in (embedding, head)]
-    return WeightScheme(body=Precision(body), embedding=ends[0], head=ends[1], group_size=group_size)
+    return WeightScheme(
+        body=Precision(body),
+        embedding=ends[0],
+        head=ends[1],
+        group_size=group_size,
+        rules=tuple(Rule(pattern=name, precision=Precision(rule)) for name, rule in (rules or {}).items()),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -124,16 +137,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("toy") / "model")
 
 
+UNLIKE_TWINS = ("layers.0.self_attn.q_proj", "layers.0.mlp.up_proj", "layers.1.self_attn.[kv]_proj")
+"""Projections that are to differ in precision from others with the same input."""
+
+SCHEMES = {
+    "int4 per row": scheme_of("int4", group_size=PER_ROW),
+    "int4, int8 in places": scheme_of("int4", rules=dict.fromkeys(UNLIKE_TWINS, "int8")),
+    "int8, int4 in places": scheme_of("int8", rules=dict.fromkeys(UNLIKE_TWINS, "int4")),
+    "int4 per row, int8 in places": scheme_of("int4", group_size=PER_ROW, rules=dict.fromkeys(UNLIKE_TWINS, "int8")),
+}
+
+
 @pytest.fixture(scope="module")
 def toy(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Lowered]:
-    """The toy model in one precision throughout, with the logits of every position; lowered once."""
+    """The toy model in one precision throughout, or under one of ``SCHEMES``, with the logits of every position;
+    lowered once."""
     made: dict[str, Lowered] = {}
 
-    def lowered(precision: str) -> Lowered:
-        if precision not in made:
-            out = tmp_path_factory.mktemp(precision)
-            made[precision] = Lowered(checkpoint, scheme_of(precision), Logits.ALL, context=CONTEXT, out=out)
-        return made[precision]
+    def lowered(name: str) -> Lowered:
+        if name not in made:
+            scheme = SCHEMES[name] if name in SCHEMES else scheme_of(name)
+            out = tmp_path_factory.mktemp("lowered")
+            made[name] = Lowered(checkpoint, scheme, Logits.ALL, context=CONTEXT, out=out)
+        return made[name]
 
     return lowered
 
@@ -163,11 +189,13 @@ def same(stored: StoredWeight, read: StoredWeight) -> bool:
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("fp16", 1e-3), ("int4", 1e-4)])
+@pytest.mark.parametrize(
+    ("scheme", "bound"), [("fp32", 1e-4), ("fp16", 1e-3), ("int4", 1e-4), *((name, 1e-4) for name in SCHEMES)]
+)
 def test_structure_equals_the_reference(
-    toy: Callable[[str], Lowered], tmp_path: Path, precision: str, bound: float
+    toy: Callable[[str], Lowered], tmp_path: Path, scheme: str, bound: float
 ) -> None:
-    lowered = toy(precision)
+    lowered = toy(scheme)
     ids = tokens(sum(CUTS))
     expected = lowered.reference(FULL_PRECISION).feed(ids)
     with TARGET.open_structure(
@@ -177,8 +205,8 @@ def test_structure_equals_the_reference(
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize("bits", [8, 4])
-def test_activations_are_rounded_as_the_reference_rounds_them(tmp_path: Path, bits: int) -> None:
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 64), (4, 32), (4, 64)])
+def test_activations_are_rounded_as_the_reference_rounds_them(tmp_path: Path, bits: int, group_size: int) -> None:
     """A head that is the identity shows the rounded rows of the embedding; the rows include ties and zeros."""
     width = 64
     generator = torch.Generator().manual_seed(5)
@@ -188,9 +216,9 @@ def test_activations_are_rounded_as_the_reference_rounds_them(tmp_path: Path, bi
     identity = QuantizedTensor(
         name=HEAD,
         bits=bits,
-        group_size=width if bits == 8 else 32,
+        group_size=group_size,
         codes=torch.eye(width, dtype=torch.int8),
-        scales=torch.ones(width, 1 if bits == 8 else width // 32),
+        scales=torch.ones(width, width // group_size),
     )
     artifact = lower_embedding_and_head(rows, identity, path=tmp_path / "linear.pte")
     with TARGET.open(artifact, threads=1) as runner:
@@ -229,9 +257,17 @@ def lower_embedding_and_head(rows: Tensor, head: QuantizedTensor, *, path: Path)
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize("body", ["int8", "int4"])
-def test_the_trained_sample_is_within_ten_times_its_noise_floor(tmp_path: Path, body: str) -> None:
-    scheme = scheme_of(body, embedding="int8", head="int8")
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        scheme_of("int8"),
+        scheme_of("int4", embedding="int8", head="int8"),
+        scheme_of("int4", group_size=PER_ROW),
+        scheme_of("int4", embedding="int8", head="int8", rules=dict.fromkeys(UNLIKE_TWINS, "int8")),
+    ],
+    ids=["int8", "int4", "int4 per row throughout", "int4, int8 in places"],
+)
+def test_the_trained_sample_is_within_ten_times_its_noise_floor(tmp_path: Path, scheme: WeightScheme) -> None:
     lowered = Lowered(BUNDLED_MODEL, scheme, Logits.ALL, context=128, out=tmp_path)
     ids = tokens(128, vocab_size=lowered.graph.spec.vocab_size)
     expected = lowered.reference().feed(ids)
@@ -255,6 +291,30 @@ def test_the_last_position_alone_has_the_logits_that_all_positions_give_it(
             expected, found = all_runner.feed(piece), last_runner.feed(piece)
             assert found.shape == (1, 160)
             assert (found[0] - expected[-1]).abs().max() < 1e-5
+
+
+@pytest.mark.toolchain
+def test_a_rounded_input_is_given_to_codes_of_one_type_only() -> None:
+    """XNNPACK may lay it out as suits one of those that take it; on this host it may also round anew for each."""
+    from targets.executorch.xnnpack import Segment, Wire, xnn
+
+    segment, x = Segment(), Wire((1, CONTEXT, 64))
+    kinds = {"q": (4, 32), "k": (8, 64), "v": (4, 64), "q2": (4, 32), "k2": (8, 64), "v2": (4, 64)}
+    for name, (bits, group_size) in kinds.items():
+        scales = torch.ones(8, 64 // group_size)
+        codes = torch.zeros(8, 64, dtype=torch.int8)
+        weight = QuantizedTensor(name=name, bits=bits, group_size=group_size, codes=codes, scales=scales)
+        segment.linear(x, name=name, weight=weight)
+    values = [
+        value.xvalue_union.tensor_value for value in segment._values if hasattr(value.xvalue_union, "quant_params")
+    ]
+    datatypes = {value.id_out: value.datatype for value in values}
+    nodes = [node.xnode_union for node in segment._nodes]
+    linears = [node for node in nodes if isinstance(node, xnn.XNNFullyConnected)]
+    fed = {(node.input1_id, datatypes[node.filter_id]) for node in linears}
+    assert len(linears) == 6
+    assert len({source for source, _ in fed}) == len({datatype for _, datatype in fed}) == len(fed) == 3
+    assert sum(isinstance(node, xnn.XNNConvert) for node in nodes) == 3
 
 
 @pytest.mark.toolchain
@@ -363,9 +423,9 @@ def stock_weight(stored: StoredWeight) -> torch.nn.Parameter:
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
-def test_weights_read_back_equal_the_store_bit_for_bit(toy: Callable[[str], Lowered], precision: str) -> None:
-    lowered = toy(precision)
+@pytest.mark.parametrize("scheme", ["fp32", "fp16", "int4", *SCHEMES])
+def test_weights_read_back_equal_the_store_bit_for_bit(toy: Callable[[str], Lowered], scheme: str) -> None:
+    lowered = toy(scheme)
     read = list(TARGET.read_weights(lowered.artifact))
     assert all(same(lowered.store[name], weight) for name, weight in read)
     assert sorted(name for name, _ in read) == sorted([*lowered.graph.spec.weights(), EMBEDDING])  # tied: two copies
@@ -470,6 +530,8 @@ def test_groups_that_do_not_divide_the_columns_are_refused(checkpoint: Path, tmp
         targets=("executorch",),
         scheme=scheme_of("int4", group_size=64),
         context=CONTEXT,
+        recipe=ROUNDED,
+        sampling=Sampling(),
         out=tmp_path,
         store=tmp_path,
         evaluation_text=tmp_path,
@@ -478,6 +540,9 @@ def test_groups_that_do_not_divide_the_columns_are_refused(checkpoint: Path, tmp
     reason = TARGET.refuse(read_spec(checkpoint), plan)
     assert reason == "model.layers.0.mlp.down_proj.weight has 96 columns, which int4 groups of 64 do not divide"
     assert TARGET.refuse(read_spec(checkpoint), replace(plan, scheme=scheme_of("int4"))) is None
+    assert TARGET.refuse(read_spec(checkpoint), replace(plan, scheme=scheme_of("int4", group_size=PER_ROW))) is None
+    spared = scheme_of("int4", group_size=64, rules={"layers.*.mlp.down_proj": "int8"})
+    assert TARGET.refuse(read_spec(checkpoint), replace(plan, scheme=spared)) is None
     assert "at least 4" in (TARGET.refuse(read_spec(checkpoint), replace(plan, context=2)) or "")
 
 
@@ -619,3 +684,4 @@ def test_activations_count_as_rounded_wherever_a_matrix_is_quantized() -> None:
     assert TARGET.arithmetic(scheme_of("fp16")).activations is Activations.FLOAT
     assert TARGET.arithmetic(scheme_of("int4")).activations is Activations.INT8_PER_TOKEN
     assert TARGET.arithmetic(scheme_of("fp32", head="int8")).activations is Activations.INT8_PER_TOKEN
+    assert TARGET.arithmetic(scheme_of("fp32", rules={"*.k_proj": "int8"})).activations is Activations.INT8_PER_TOKEN

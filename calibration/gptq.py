@@ -1,0 +1,151 @@
+"""GPTQ (Frantar et al. 2022, arXiv:2210.17323): each column's rounding error is made up for by the columns after it.
+
+What differs from the paper: scales are fixed before the first column is rounded, from the weights as they are (*static
+groups*), so that columns can go in any order and no index has to be stored; and when the codes are chosen the scales
+are fitted to them once more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibration.rtn import search_scales, to_scale_grid
+from exporter.errors import InputError
+from exporter.quantized import CODE_RANGE, QuantizedTensor
+
+BLOCK = 128
+"""Columns whose errors are passed on within the block at once and to all later columns together (section 3.3, step 2):
+the rank-1 updates stay in cache, the rest is a matrix product."""
+
+_REFIT_ELEMENTS = 1 << 24
+"""Elements of the normal equations solved at once when scales are refitted: 64 MiB."""
+_REFIT_DAMPING = 1e-4
+_LEAST_DAMPING = 1e-6
+"""Taken where none was asked for and the matrix cannot be factored without."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curvature:
+    """The second moment of a linear's input, factored once for all linears that read it.
+
+    ``hessian``: float32 ``[K, K]``, X^T X / n over n tokens, damped. ``inverse_factor``: upper ``U`` with
+    ``U^T U = hessian[order][:, order]^-1``, which the recursion of GPTQ reads row by row.
+    """
+
+    hessian: Tensor
+    inverse_factor: Tensor
+    order: Tensor
+    """int64 ``[K]``: the order in which columns are rounded."""
+
+    def solve(self, right: Tensor) -> Tensor:
+        """``right @ hessian^-1`` for float32 ``[N, K]``."""
+        factor = self.inverse_factor
+        solved = torch.empty_like(right)
+        solved[:, self.order] = right[:, self.order] @ factor.T @ factor
+        return solved
+
+
+def factor(hessian: Tensor, *, damping: float, act_order: bool) -> Curvature:
+    """Damp ``hessian`` by ``damping`` times its mean diagonal, and factor it.
+
+    A channel that was always zero gets a diagonal of one. The damping is raised tenfold where rounding, or fewer tokens
+    than channels, have left the matrix indefinite. ``act_order`` rounds the columns of most energy first, while most
+    others can still make up for them. Raises InputError where the matrix is not finite.
+    """
+    if not torch.isfinite(hessian).all():
+        raise InputError(
+            "the activations of calibration are not finite, or overflow when squared",
+            hint="check the checkpoint, or take --calibration none",
+        )
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(hessian))
+    mean, backwards = diagonal.mean().item(), order.flip(0)
+    failed = True
+    while failed:
+        diagonal.add_(damping * mean)
+        # With J the reversal, J H J = L L^T makes U = J L^-1 J upper, and U^T U = H^-1: one factorization, one
+        # triangular inverse, where the textbook has two factorizations and a full inverse.
+        lower, info = torch.linalg.cholesky_ex(hessian[backwards][:, backwards])
+        failed = bool(info)
+        damping = max(10 * damping, _LEAST_DAMPING)
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False)
+    return Curvature(hessian=hessian, inverse_factor=inverse.flip(0, 1), order=order)
+
+
+def gptq(weight: Tensor, curvature: Curvature, *, name: str, bits: int, group_size: int) -> QuantizedTensor:
+    """Codes of ``weight`` float32 ``[N, K]`` that lose least of ``x @ weight.T`` for inputs x of that curvature."""
+    columns = weight.shape[1]
+    scales = search_scales(weight, bits=bits, group_size=group_size)  # [N, K/g]
+    codes = _round_by_columns(weight, scales, curvature, bits=bits, group_size=group_size)
+    scales = _refit_scales(weight, codes, scales, curvature.hessian)
+    return QuantizedTensor(
+        name=name, bits=bits, group_size=columns // scales.shape[1], codes=codes.to(torch.int8), scales=scales
+    )
+
+
+def _round_by_columns(weight: Tensor, scales: Tensor, curvature: Curvature, *, bits: int, group_size: int) -> Tensor:
+    """float32 ``[N, K]`` codes. Works on the transpose, whose rows (the columns of the weight) are contiguous."""
+    lowest, highest = CODE_RANGE[bits]
+    factor, order = curvature.inverse_factor, curvature.order
+    left = weight.T[order].contiguous()  # [K, N], in the order of rounding
+    group_of = order // group_size
+    by_group = scales.T.contiguous()  # [K/g, N]
+    codes = torch.empty_like(left)
+    for start in range(0, len(left), BLOCK):
+        end = min(start + BLOCK, len(left))
+        block = left[start:end]
+        errors = torch.empty_like(block)
+        for row in range(end - start):
+            column = start + row
+            scale = by_group[group_of[column]]
+            code = (block[row] / scale).round_().clamp_(lowest, highest)
+            error = (block[row] - code * scale) / factor[column, column]
+            block[row + 1 :].addr_(factor[column, column + 1 : end], error, alpha=-1)
+            codes[column], errors[row] = code, error
+        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    unordered = torch.empty_like(weight)
+    unordered[:, order] = codes.T
+    return unordered
+
+
+def _refit_scales(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
+    """The scales that, with these codes, lose least of the output: for each row the normal equations of
+    min_s (w - C s)^T H (w - C s), where column g of C holds the codes of group g and zeros elsewhere; solved for the
+    step from the scales at hand.
+
+    Damped towards the scales at hand, rounded to the grid, and kept only where the row is the better for it.
+    """
+    rows, columns = weight.shape
+    groups = scales.shape[1]
+    step = max(1, _REFIT_ELEMENTS // max(groups * groups, columns))
+    blocks = []
+    for start in range(0, rows, step):
+        w, s = weight[start : start + step], scales[start : start + step]
+        c = codes[start : start + step].view(len(w), groups, -1)
+        error = w - (c * s.unsqueeze(2)).view_as(w)
+        right = (c * (error @ hessian).view_as(c)).sum(dim=2)  # [n, G]
+        normal = torch.empty(len(w), groups, groups)
+        for group in range(groups):
+            own = slice(group * c.shape[2], (group + 1) * c.shape[2])
+            normal[:, group] = ((c[:, group] @ hessian[own]).view_as(c) * c).sum(dim=2)
+        damping = _REFIT_DAMPING * normal.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True)
+        damping += torch.finfo(torch.float32).tiny  # a row of zeros
+        normal.diagonal(dim1=1, dim2=2).add_(damping)
+        fitted = s + torch.linalg.solve(normal, right)
+        normal.diagonal(dim1=1, dim2=2).sub_(damping)
+        fitted = torch.where(fitted > 0, to_scale_grid(fitted), s)
+        better = _gain(fitted - s, normal, right) > 0
+        blocks.append(torch.where(better.unsqueeze(1), fitted, s))
+    return torch.cat(blocks)
+
+
+def _gain(step: Tensor, normal: Tensor, right: Tensor) -> Tensor:
+    """By how much the output error of each row falls when its scales move by ``step``: 2 m^T b - m^T A m. Of the step,
+    not of the scales, since the errors before and after may differ by less than their own rounding."""
+    quadratic = (step.unsqueeze(1) @ normal @ step.unsqueeze(2)).flatten()
+    return 2 * (step * right).sum(dim=1) - quadratic
