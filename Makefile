@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: setup demo test test-matrix check format clean
+.PHONY: setup demo test test-matrix check format bench-quality bench-calibration clean
 
 setup: $(VENV)/installed
 
@@ -30,9 +30,27 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/pytest -m "not slow and not toolchain"
 
+# Other tools are quantized with, too: an environment of its own, and a C++ compiler and cmake for llama.cpp.
+$(VENV)-bench/installed: pyproject.toml benchmarks/rivals/requirements.txt
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/pip install --quiet torch==2.13.0
+	$(VENV)-bench/bin/pip install --quiet --editable . --requirement benchmarks/rivals/requirements.txt
+	touch $@
+
+# The documents' figures: make bench-quality CALIBRATION=wikitext2-valid.txt EVAL_TEXT=wikitext2-test.txt QUALITY=docs
+CALIBRATION ?= samples/tiny-llama/calibration.txt
+EVAL_TEXT ?= samples/tiny-llama/evaluation.txt
+QUALITY ?= out/quality
+
+bench-quality: $(VENV)-bench/installed
+	$(VENV)-bench/bin/python -m benchmarks.quality --calibration $(CALIBRATION) --eval-text $(EVAL_TEXT) --out $(QUALITY)
+
+bench-calibration: setup
+	$(BIN)/python -m benchmarks.calibration
+
 format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(VENV)-bench out

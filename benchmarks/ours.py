@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
 
 from safetensors.torch import save_file
 
+from benchmarks.rivals import peak_rss_mb
 from benchmarks.rivals.__main__ import read_windows
 from calibration.layers import Calibration, CalibrationText, quantize
 from calibration.sensitivity import stored_bytes
@@ -52,7 +52,7 @@ def main() -> None:
         "body_bits_per_weight": BODY_BITS,
         "file_bits_per_weight": 8 * size / checkpoint.spec.parameters,
         "seconds": seconds,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mb": peak_rss_mb(),
         "notes": ["bytes of codes, scales and norms in the store; the artifacts add their graph"],
     }
     args.out.mkdir(parents=True, exist_ok=True)

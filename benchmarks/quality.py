@@ -110,9 +110,8 @@ def main() -> None:
     lines = [_preamble(args.calibration, args.eval_text, windows=windows, evaluation=evaluation, shared=shared)]
     tables: dict[str, list[Row]] = {}
     for model in args.models.split(","):
-        folder = (
-            CACHE / "quality" / _digest(checkpoint.sha256, windows, Path(__file__).parent) / model.replace(" ", "-")
-        )
+        key = _digest(checkpoint.sha256.encode(), windows.numpy().tobytes())
+        folder = CACHE / "quality" / key / model.replace(" ", "-")
         troubled = _troubled(model, checkpoint, graph, windows, folder / "model")
         judge = Judge(troubled, torch.tensor(evaluation))
         outcomes = {tool: _run(tool, troubled, windows, folder) for tool in args.tools.split(",")}
@@ -135,14 +134,17 @@ def _calibration_windows(path: Path, tokenizer: Tokenizer, checkpoint: Checkpoin
     return corpus.windows
 
 
-def _digest(source: str, windows: Tensor, code: Path) -> str:
-    """Of all that decides an outcome, text and code of both sides, so that a run that was cut short goes on."""
-    digest = hashlib.sha256(source.encode() + windows.numpy().tobytes())
-    root = code.parent
-    for file in sorted([*root.glob("calibration/*.py"), *code.glob("*.py"), *code.glob("rivals/*.py")]):
-        if file != Path(__file__):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def _code_of(tool: str) -> bytes:
+    """What a tool's outcome depends on beside checkpoint and text: our code, or the version that is pinned."""
+    here = Path(__file__).parent
+    files = (
+        sorted((here.parent / "calibration").glob("*.py")) if tool in OURS else [here / "rivals" / "requirements.txt"]
+    )
+    return b"".join(file.read_bytes() for file in files)
 
 
 def _troubled(model: str, checkpoint: Checkpoint, graph: Graph, windows: Tensor, folder: Path) -> Checkpoint:
@@ -152,8 +154,9 @@ def _troubled(model: str, checkpoint: Checkpoint, graph: Graph, windows: Tensor,
 
 
 def _run(tool: str, checkpoint: Checkpoint, windows: Tensor, folder: Path) -> Path:
-    """The folder with ``weights.safetensors`` and ``rival.json`` of one tool; made, if it is not there yet."""
-    out = folder / tool.replace(": ", "-")
+    """The folder with ``weights.safetensors`` and ``rival.json`` of one tool. What an earlier run has made is taken as
+    it is, so that one that was cut short goes on."""
+    out = folder / f"{tool.replace(': ', '-')}-{_digest(_code_of(tool))}"
     if (out / "rival.json").exists():
         return out
     save_file({"ids": windows}, folder / "windows.safetensors")
@@ -209,13 +212,12 @@ def _table(rows: Iterable[Row]) -> str:
     for row in rows:
         f = row.figures
         low, high = f["interval"]
-        cost = (
-            f"{row.seconds:.1f} | {row.peak_mb:.0f}" if row.seconds is not None and row.peak_mb is not None else " | "
-        )
+        seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
+        peak = "" if row.seconds is None else "not measured" if row.peak_mb is None else f"{row.peak_mb:.0f}"
         name = f"**{row.name}**" if row.name == DEFAULT else row.name
         lines.append(
             f"| {name} | {row.bits:.3f} | {f['mean_kl']:.2e} | {low:.2e} to {high:.2e} | {f['p99_kl']:.2e} | "
-            f"{f['top1']:.2%} | {f['perplexity']:.2f} | {cost} |"
+            f"{f['top1']:.2%} | {f['perplexity']:.2f} | {seconds} | {peak} |"
         )
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 """GPTQ (Frantar et al. 2022, arXiv:2210.17323): each column's rounding error is made up for by the columns after it.
 
 What differs from the paper: scales are fixed before the first column is rounded, from the weights as they are (*static
-groups*), so that columns can go in any order and no index has to be stored; and when the codes are chosen the scales
-are fitted to them once more.
+groups*), so that columns can go in any order and no index has to be stored; and when the codes are chosen, scales and
+codes are in turn fitted to each other once more.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from exporter.quantized import CODE_RANGE, QuantizedTensor
 BLOCK = 128
 """Columns whose errors are passed on within the block at once and to all later columns together (section 3.3, step 2):
 the rank-1 updates stay in cache, the rest is a matrix product."""
+
+SWEEPS = 2
+"""Times that every code is chosen again with all others fixed: the first takes about 2 % off the KL of the bundled
+model, each later one less."""
 
 _REFIT_ELEMENTS = 1 << 24
 """Elements of the normal equations solved at once when scales are refitted: 64 MiB."""
@@ -83,6 +87,9 @@ def gptq(weight: Tensor, curvature: Curvature, *, name: str, bits: int, group_si
     scales = search_scales(weight, bits=bits, group_size=group_size)  # [N, K/g]
     codes = _round_by_columns(weight, scales, curvature, bits=bits, group_size=group_size)
     scales = _refit_scales(weight, codes, scales, curvature.hessian)
+    for _ in range(SWEEPS):
+        codes = _choose_again(weight, codes, scales, curvature, bits=bits, group_size=group_size)
+        scales = _refit_scales(weight, codes, scales, curvature.hessian)
     return QuantizedTensor(
         name=name, bits=bits, group_size=columns // scales.shape[1], codes=codes.to(torch.int8), scales=scales
     )
@@ -110,6 +117,37 @@ def _round_by_columns(weight: Tensor, scales: Tensor, curvature: Curvature, *, b
         left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     unordered = torch.empty_like(weight)
     unordered[:, order] = codes.T
+    return unordered
+
+
+def _choose_again(
+    weight: Tensor, codes: Tensor, scales: Tensor, curvature: Curvature, *, bits: int, group_size: int
+) -> Tensor:
+    """One sweep of coordinate descent: each code in turn takes the value of least output error, given all others as
+    they are by then (QuantEase, Behdin et al. 2023, arXiv:2309.01885, algorithm 1). GPTQ looks at later columns only.
+    """
+    lowest, highest = CODE_RANGE[bits]
+    order = curvature.order
+    hessian = curvature.hessian[order][:, order]
+    chosen = codes.T[order].contiguous()  # [K, N], in the order of rounding, as in _round_by_columns
+    by_group, group_of = scales.T.contiguous(), order // group_size
+    error = weight.T[order] - chosen * by_group[group_of]
+    gradient = hessian @ error  # [K, N]: half of that of the loss, negated
+    del error
+    for start in range(0, len(chosen), BLOCK):
+        end = min(start + BLOCK, len(chosen))
+        block, steps = gradient[start:end], torch.empty(end - start, chosen.shape[1])
+        for row in range(end - start):
+            column = start + row
+            scale = by_group[group_of[column]]
+            best = chosen[column] + block[row] / (hessian[column, column] * scale)
+            best = best.round_().clamp_(lowest, highest)
+            steps[row] = (best - chosen[column]) * scale
+            chosen[column] = best
+            block.addr_(hessian[column, start:end], steps[row], alpha=-1)
+        gradient[end:].addmm_(hessian[end:, start:end], steps, alpha=-1)
+    unordered = torch.empty_like(codes)
+    unordered[:, order] = chosen.T
     return unordered
 
 

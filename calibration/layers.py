@@ -18,7 +18,7 @@ from torch import Tensor
 
 from calibration.anatomy import Group, Layer, dissect
 from calibration.awq import awq_factors
-from calibration.gptq import factor, gptq
+from calibration.gptq import SWEEPS, factor, gptq
 from calibration.ledger import Ledger
 from calibration.ranges import RangeObserver, ranges_to_json
 from calibration.rtn import round_to_nearest
@@ -270,7 +270,7 @@ def _quantize_layer(
                     target = weight + _propagation(moments) * curvature.solve(
                         weight @ moments.lag + moments.residual_lag
                     )
-                with ledger.stage("gptq", flops=2.5 * flops):
+                with ledger.stage("gptq", flops=(2.5 + 3.5 * SWEEPS) * flops):
                     tensor = gptq(target, curvature, name=name, **settings)
             else:
                 with ledger.stage("rounding"):

@@ -398,7 +398,12 @@ def _recipe(
 ) -> Recipe:
     """How codes are chosen, by what was asked for; whatever could have no effect is refused."""
     chosen = Method(_one_of("--method", method, list(Method))) if method else None
-    given = {"--calibration": corpus, "--method": method, **_options(sampling), **_options(tuning)}
+    given = {
+        "--calibration": None if corpus == NO_CALIBRATION else corpus,
+        "--method": method,
+        **_options(sampling),
+        **_options(tuning),
+    }
     asked = [option for option, value in given.items() if value is not None]
     if not scheme.body.bits:
         if asked:

@@ -38,7 +38,17 @@ ROOT = Path(__file__).parents[1]
 )
 def test_codes_and_parity_pass(words: str, target: str, tmp_path: Path) -> None:
     """Quality too, unless an option was asked for that trades it away: then the run says so with exit code 8."""
-    common = ["-t", target, "-o", str(tmp_path / "out"), "--store", str(tmp_path / "store"), "--json"]
+    common = [
+        "-t",
+        target,
+        "-o",
+        str(tmp_path / "out"),
+        "--store",
+        str(tmp_path / "store"),
+        "--json",
+        "--calibration",
+        "none",
+    ]
     result = CliRunner().invoke(app, [*words.split(), *common])
     manifest = json.loads(result.stdout)[0]["manifest"]
     verdicts = {kind: manifest[kind]["verdict"] for kind in ("codes", "parity", "quality")}

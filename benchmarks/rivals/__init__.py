@@ -74,6 +74,12 @@ class Outcome:
     notes: tuple[str, ...]
 
 
+def peak_rss_mb() -> float:
+    """Of this process since it began: what getrusage says may be its parent's, from before the program was loaded."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024  # kB
+
+
 def body_names(spec: ModelSpec) -> list[str]:
     """The linears of the decoder layers: what every tool quantizes."""
     return [name for name in spec.weights() if name.endswith("_proj.weight")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import tempfile
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from benchmarks.rivals import RIVALS, Outcome, RivalError, Task, bits_per_weight, check
+from benchmarks.rivals import RIVALS, Outcome, RivalError, Task, bits_per_weight, check, peak_rss_mb
 from exporter.checkpoint import open_checkpoint
 from exporter.errors import ExportError
 
@@ -53,7 +52,7 @@ def run(name: str, *, checkpoint_folder: Path, windows_file: Path, out: Path) ->
     checkpoint, windows = open_checkpoint(checkpoint_folder.resolve()), read_windows(windows_file)
     with tempfile.TemporaryDirectory() as scratch:
         outcome = quantize(Task(checkpoint=checkpoint, windows=windows, scratch=Path(scratch)))
-    own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
+    own_peak = peak_rss_mb()
     check(outcome, checkpoint)
     body_bits, file_bits = bits_per_weight(outcome, checkpoint.spec)
     told = ("version", "options", "file_bytes", "seconds", "peak_rss_mb", "notes")

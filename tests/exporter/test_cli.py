@@ -175,6 +175,7 @@ def test_a_real_full_disk_is_one_sentence_at_every_stage(target: str, complete_t
             )
             places = {"--store": tmp_path / "store", "--out": tmp_path / "out"} | {place: disk / "x"}
             words = [str(word) for pair in places.items() for word in pair]
+            words += ["--calibration", "none"]
             command = [sys.executable, "-c", code, str(complete_toy.folder), "-t", target, *words]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 5, done.stderr
@@ -207,7 +208,8 @@ def export_process(*words: object) -> subprocess.Popen[str]:
 def test_an_interrupt_leaves_nothing_half_written(sent: signal.Signals, target: str, seen: str, tmp_path: Path) -> None:
     """Sent when the first file that matches ``seen`` is there."""
     out, store = tmp_path / "out", tmp_path / "store"
-    process = export_process("-t", target, "-o", out, "--store", store)
+    calibration = () if seen.startswith("store") else ("--calibration", "none")
+    process = export_process("-t", target, "-o", out, "--store", store, *calibration)
     deadline = time.monotonic() + 120
     while not any(tmp_path.glob(seen)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
