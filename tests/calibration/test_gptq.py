@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.gptq import BLOCK, _refit_scales, _round_by_columns, factor, gptq
+from calibration.gptq import BLOCK, _choose_again, _refit_scales, _round_by_columns, factor, gptq
 from calibration.rtn import _SHRINK_LEAST, _SHRINK_STEPS, round_to_nearest, search_scales, to_scale_grid
 from exporter.errors import InputError
 from exporter.quantized import CODE_RANGE, SMALLEST_SCALE
@@ -159,8 +159,10 @@ def test_a_channel_that_was_always_zero_is_rounded_by_itself_and_changes_no_othe
 
 def test_inputs_of_nothing_but_zeros_give_the_codes_of_rounding() -> None:
     weight = random_weight(columns=64)
-    tensor = gptq(weight, factor(torch.zeros(64, 64), damping=DAMPING, act_order=True), name="w", bits=4, group_size=32)
-    assert torch.equal(tensor.codes, round_to_nearest(weight, name="w", bits=4, group_size=32).codes)
+    scales = search_scales(weight, bits=4, group_size=32)
+    curvature = factor(torch.zeros(64, 64), damping=DAMPING, act_order=True)
+    codes = _round_by_columns(weight, scales, curvature, bits=4, group_size=32)
+    assert torch.equal(codes.to(torch.int8), round_to_nearest(weight, name="w", bits=4, group_size=32).codes)
 
 
 def test_a_matrix_that_rounding_has_left_indefinite_is_damped_ten_times_as_much() -> None:
@@ -298,15 +300,43 @@ def test_inputs_that_were_not_seen_gain_too() -> None:
 def test_inputs_without_correlation_give_the_codes_of_rounding(
     bits: int, group_size: int, columns: int, act_order: bool
 ) -> None:
+    """Before scales and codes are fitted to each other, which can better the search of one scale at a time."""
     weight = random_weight(columns=columns)
-    tensor = gptq(
-        weight,
-        factor(torch.eye(columns), damping=DAMPING, act_order=act_order),
-        name="w",
-        bits=bits,
-        group_size=group_size,
-    )
-    assert torch.equal(tensor.codes, round_to_nearest(weight, name="w", bits=bits, group_size=group_size).codes)
+    curvature = factor(torch.eye(columns), damping=DAMPING, act_order=act_order)
+    scales = search_scales(weight, bits=bits, group_size=group_size)
+    codes = _round_by_columns(weight, scales, curvature, bits=bits, group_size=group_size)
+    assert torch.equal(codes.to(torch.int8), round_to_nearest(weight, name="w", bits=bits, group_size=group_size).codes)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "columns"), SCHEMES)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_choosing_codes_again_worsens_no_row_and_ends_where_no_single_code_is_better(
+    bits: int, group_size: int, columns: int, act_order: bool
+) -> None:
+    """In float64; the last property by trying both neighbours of every code."""
+    weight = random_weight(columns=columns)
+    curvature = factor(second_moment(correlated_inputs(columns=columns, seed=5)), damping=DAMPING, act_order=act_order)
+    hessian = curvature.hessian.double()
+    scales = search_scales(weight, bits=bits, group_size=group_size)
+    wide = scales.repeat_interleave(columns // scales.shape[1], dim=1).double()
+
+    def losses(codes: Tensor) -> Tensor:
+        error = weight.double() - codes.double() * wide
+        return ((error @ hessian) * error).sum(dim=1)
+
+    codes = _round_by_columns(weight, scales, curvature, bits=bits, group_size=group_size)
+    first = losses(codes)
+    for _ in range(30):
+        before = losses(codes)
+        codes = _choose_again(weight, codes, scales, curvature, bits=bits, group_size=group_size)
+        assert (losses(codes) <= before * (1 + 1e-4)).all()
+    assert losses(codes).sum() < first.sum()
+    gradient = (weight.double() - codes.double() * wide) @ hessian
+    lowest, highest = CODE_RANGE[bits]
+    for step in (-1, 1):
+        change = hessian.diagonal() * wide.square() - 2 * step * gradient * wide
+        allowed = (codes + step >= lowest) & (codes + step <= highest)
+        assert (change[allowed] >= -1e-3 * (hessian.diagonal() * wide.square())[allowed]).all()
 
 
 REFITS = [
