@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -38,9 +39,9 @@ def written_whole(path: Path) -> Iterator[Path]:
 def folder_in_progress(parent: Path, name: str) -> Iterator[Path]:
     """A new hidden folder in ``parent`` for what will become ``name``; what is still there at the end is removed."""
     parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=parent, prefix=f".{name}."))
-    folder.chmod(0o755)
+    folder = parent / f".{name}.{secrets.token_hex(4)}"  # known before it is there: an interrupt may come at once
     try:
+        folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
