@@ -127,6 +127,8 @@ def quantize(
     if missing or (parts and not store.is_summed_up):
         source = calibration.text.source if calibration else ""
         store.write_timings(asdict(ledger))
+        if missing:
+            progress.note(f"quantized in {ledger}")
         store.write_summary(text_source=source)
     return store, len(missing)
 

@@ -177,11 +177,12 @@ class WeightStore:
         return read_json(self.folder / "timings.json")
 
     def calibration_facts(self) -> dict[str, Any]:
-        """How the codes were chosen, for the manifest: algorithm, text, its digest and size; ``none`` for floats."""
+        """How the codes were chosen, for the manifest: algorithm, text, its digest and size, seconds of each stage in
+        the run that completed the store; ``none`` for floats."""
         if not self._summary.exists():
             return {"algorithm": "none"}
         facts: dict[str, Any] = read_json(self._summary)["calibration"]
-        return facts
+        return {**facts, "seconds": self.read_timings()["seconds"]}
 
     @property
     def is_summed_up(self) -> bool:

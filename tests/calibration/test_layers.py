@@ -811,7 +811,8 @@ def test_progress_names_each_layer_and_what_it_has_lost(checkpoint: Checkpoint, 
     how = calibration(graph, Method.GPTQ)
     store, _ = quantize(checkpoint, INT4, root=tmp_path, calibration=how, progress=progress)
     assert [line.split(":")[0] for line in progress.lines] == [
-        *("layer 1 of 2", "layer 1 of 2", "layer 2 of 2", "layer 2 of 2", "rounding embedding and head")
+        *("layer 1 of 2", "layer 1 of 2", "layer 2 of 2", "layer 2 of 2", "rounding embedding and head"),
+        f"quantized in {sum(store.read_timings()['seconds'].values()):.1f} s",
     ]
     assert progress.steps[:14] == 2 * [(step, 7) for step in range(1, 8)]
     errors = [store.read_errors()[name] for name in matrices(checkpoint, layer=1)]

@@ -222,6 +222,17 @@ def test_an_interrupt_leaves_nothing_half_written(sent: signal.Signals, target: 
     assert list(store.rglob(".*")) == []
 
 
+def test_an_interrupt_inside_a_finalizer_shows_no_traceback_and_is_remembered() -> None:
+    code = (
+        "import signal; from exporter import interrupt; interrupt.listen()\n"
+        "class Held:\n    def __del__(self): signal.raise_signal(signal.SIGINT)\n"
+        "del (held := [Held()])[0]\n"
+        "try: interrupt.check()\nexcept KeyboardInterrupt: print('remembered')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("remembered\n", "")
+
+
 def test_an_interrupt_that_native_code_turned_into_an_error_is_still_one(
     complete_toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
