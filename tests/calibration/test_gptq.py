@@ -251,7 +251,7 @@ def test_the_scale_of_a_group_is_that_of_least_error_among_its_candidates(bits: 
     lowest, highest = CODE_RANGE[bits]
     values = torch.arange(lowest, highest + 1, dtype=torch.float64)
     for row, scale in zip(weight.view(-1, 4), found.flatten().tolist(), strict=True):
-        shrinks = torch.linspace(1.0, _SHRINK_LEAST[bits], _SHRINK_STEPS[bits])
+        shrinks = torch.linspace(1.0, _SHRINK_LEAST[bits], _SHRINK_STEPS)
         candidates = (row.abs().max() * (shrinks / highest)).bfloat16().double()  # [S]
         distances = (candidates[:, None, None] * values - row.double()[:, None]).abs().amin(dim=2)  # [S, 4]
         errors = dict(zip(candidates.tolist(), distances.square().sum(dim=1).tolist(), strict=True))
