@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ TOY = {
     "eos_token_id": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
+
+
+CLEAR_MARGIN = 0.25
+"""In logits: another processor's last bits cannot turn such a choice."""
+
+
+def clear_tokens(greedy: list[tuple[int, float]]) -> list[int]:
+    """The tokens of ``Reference.greedy`` before its first near tie."""
+    return [token for token, _ in takewhile(lambda choice: choice[1] > CLEAR_MARGIN, greedy)]
 
 
 @dataclass(frozen=True)

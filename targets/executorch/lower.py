@@ -222,9 +222,7 @@ class StandIns:
             torch.zeros(shape if fixed is None else (shape[0], _EXAMPLE_LENGTH, *shape[2:]))
             for shape, fixed in zip(inputs, dynamic_shapes, strict=True)
         )
-        exported = torch.export.export(_ShapesOnly(outputs), examples, dynamic_shapes=(dynamic_shapes,), strict=False)
-        program: ExportedProgram = to_edge(exported).exported_program()
-        return program
+        return torch.export.export(_ShapesOnly(outputs), examples, dynamic_shapes=(dynamic_shapes,), strict=False)
 
 
 class _ShapesOnly(nn.Module):

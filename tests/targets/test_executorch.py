@@ -46,6 +46,7 @@ from exporter.spec import (
 from exporter.store import StoredWeight, WeightStore
 from targets.executorch import TARGET, border
 from targets.executorch.runner import ProgramRunner
+from tests.conftest import clear_tokens
 
 CONTEXT = 48
 CUTS = (17, 9, 1, 1, 5, 1, 1)
@@ -269,7 +270,8 @@ def lower_embedding_and_head(rows: Tensor, head: QuantizedTensor, *, path: Path)
 )
 def test_the_trained_sample_is_within_ten_times_its_noise_floor(tmp_path: Path, scheme: WeightScheme) -> None:
     lowered = Lowered(BUNDLED_MODEL, scheme, Logits.ALL, context=128, out=tmp_path)
-    ids = tokens(128, vocab_size=lowered.graph.spec.vocab_size)
+    tokenizer = Tokenizer.from_file(str(BUNDLED_MODEL / "tokenizer.json"))
+    ids = tokenizer.encode((BUNDLED_MODEL / "evaluation.txt").read_text(encoding="utf-8")).ids[:128]
     expected = lowered.reference().feed(ids)
     floor = kl_divergence(expected, lowered.reference(noise=1e-6).feed(ids)).mean()
     with TARGET.open(lowered.artifact, threads=1) as runner:
@@ -626,17 +628,16 @@ def test_closing_a_runner_ends_its_process(toy: Callable[[str], Lowered]) -> Non
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize("prompt", ["Mr. President", "the Congress of the"])  # answered without a near tie
+@pytest.mark.parametrize("prompt", ["I have the honour", "Fellow-citizens of the Senate"])
 def test_executorchs_own_runner_gives_the_text_that_the_reference_gives(prompt: str, tmp_path: Path) -> None:
     """The C++ runner of the Android and iOS libraries, in a process of its own: it may abort."""
     scheme = scheme_of("int4", embedding="int8", head="int8")
     lowered = Lowered(BUNDLED_MODEL, scheme, Logits.LAST, context=256, out=tmp_path)
     tokenizer = Tokenizer.from_file(str(BUNDLED_MODEL / "tokenizer.json"))
-    count = 12
     ids = tokenizer.encode(prompt).ids
-    answer = lowered.reference().greedy(ids, count=count, stops=lowered.graph.spec.eos_token_ids)
-    assert min(margin for _, margin in answer) > 0.25
-    expected = tokenizer.decode([token for token, _ in answer])
+    answer = clear_tokens(lowered.reference().greedy(ids, count=12, stops=lowered.graph.spec.eos_token_ids))
+    assert len(answer) >= 4
+    expected = tokenizer.decode(answer)
     assert expected.isascii()
     script = """
 import sys, warnings
@@ -652,7 +653,7 @@ open(out, "w", encoding="utf-8").write("".join(pieces))
 """
     text = tmp_path / "text.txt"
     command = [sys.executable, "-c", script, str(lowered.artifact.path), str(BUNDLED_MODEL / "tokenizer.json")]
-    subprocess.run([*command, prompt, str(count), str(text)], check=True, capture_output=True)
+    subprocess.run([*command, prompt, str(len(answer)), str(text)], check=True, capture_output=True)
     assert text.read_text(encoding="utf-8") == expected
 
 

@@ -25,7 +25,7 @@ from exporter.spec import PER_ROW, Activations, Artifact, Logits, Plan, Precisio
 from exporter.store import WeightStore
 from exporter.tokenizer import Tokenizer
 from targets.onnxruntime import TARGET
-from tests.conftest import Toy, apply_matmulnbits
+from tests.conftest import Toy, apply_matmulnbits, clear_tokens
 
 pytestmark = pytest.mark.toolchain
 
@@ -243,10 +243,8 @@ def test_a_file_that_is_no_model_is_told(
 
 
 CLEAR_CHATS = ("At Antium lives he?", "Tush, tush!", "Well, let us go together.")
-CLEAR_STARTS = ("Mr. President", "the Congress of the")
-"""Prompts that the sample answers without a near tie in int4, and most of them in other schemes."""
-CLEAR_MARGIN = 0.25
-"""In logits: another processor's last bits cannot turn such a choice."""
+CLEAR_STARTS = ("I have the honour", "Fellow-citizens of the Senate")
+"""Prompts that the sample answers with four tokens and more without a near tie in int4, and most in other schemes."""
 
 
 @pytest.mark.parametrize("scheme", ["int4", "int4 per row", "int4, int8 in places"])
@@ -265,18 +263,18 @@ def test_onnxruntime_genai_answers_with_the_tokens_of_the_reference_and_stops(
     prompts = [tokenizer.chat(message) for message in CLEAR_CHATS] + [tokenizer.encode(text) for text in CLEAR_STARTS]
     answered = stopped = 0
     for ids in prompts:
-        expected = reference.greedy(ids, count=12, stops=artifact.spec.eos_token_ids)
-        if min(margin for _, margin in expected) <= CLEAR_MARGIN:
+        expected = clear_tokens(reference.greedy(ids, count=12, stops=artifact.spec.eos_token_ids))
+        if len(expected) < 4:
             continue
         parameters = og.GeneratorParams(model)
-        parameters.set_search_options(max_length=len(ids) + 12, do_sample=False)
+        parameters.set_search_options(max_length=len(ids) + len(expected), do_sample=False)
         generator = og.Generator(model, parameters)
         generator.append_tokens(ids)
         answer = []
         while not generator.is_done():
             generator.generate_next_token()
             answer.append(int(generator.get_next_tokens()[0]))
-        assert answer == [token for token, _ in expected]
+        assert answer == expected
         answered += 1
         stopped += answer[-1] in artifact.spec.eos_token_ids
         assert og.Tokenizer(model).decode(answer[:-1]) == tokenizer.decode(answer[:-1])
