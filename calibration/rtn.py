@@ -15,8 +15,8 @@ _SHRINK_LEAST = {4: 0.70, 8: 0.90}
 little buys finer steps for the rest: at 4 bits the best point lies between 0.7 and 1, at 8 bits it hardly moves. Twice
 as many steps take 0.5 % off the squared error, and twice the time."""
 
-_BLOCK_ELEMENTS = 1 << 17
-"""Weights searched at once: their float copy and the one temporary of that size, half a MiB each, stay in cache."""
+_BLOCK_ELEMENTS = 1 << 18
+"""Weights searched at once: their float copy and the one temporary of that size, a MiB each, stay in cache."""
 
 
 def round_to_nearest(weight: Tensor, *, name: str, bits: int, group_size: int) -> QuantizedTensor:

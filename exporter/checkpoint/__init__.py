@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +35,10 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> str:
         """Hex digest of what defines the model: the names and contents of config.json and of every weight file."""
-        files = {self.folder / "config.json", *(tensor.file for tensor in self.tensors.values())}
-        lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(files)]
+        files = sorted({self.folder / "config.json", *(tensor.file for tensor in self.tensors.values())})
+        with ThreadPoolExecutor() as pool:
+            digests = list(pool.map(sha256, files))
+        lines = [f"{digest}  {file.name}\n" for digest, file in zip(digests, files, strict=True)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
