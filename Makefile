@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: setup demo test test-matrix check format bench-quality bench-calibration clean
+.PHONY: setup demo test test-matrix check format bench bench-quality bench-calibration clean
 
 setup: $(VENV)/installed
 
@@ -44,6 +44,14 @@ QUALITY ?= out/quality
 
 bench-quality: $(VENV)-bench/installed
 	$(VENV)-bench/bin/python -m benchmarks.quality --calibration $(CALIBRATION) --eval-text $(EVAL_TEXT) --out $(QUALITY)
+
+# Hours for all of it: SIZES=1b takes 40 minutes, and 20 more on the first run, when llama.cpp is built and the peers
+# export; PEERS=none leaves them out.
+SIZES ?= 1b,3b,8b
+PEERS ?= genai,executorch,llamacpp,coreml
+
+bench: $(VENV)-bench/installed
+	$(VENV)-bench/bin/python -m benchmarks.bench --sizes $(SIZES) --peers $(PEERS) --out docs
 
 bench-calibration: setup
 	$(BIN)/python -m benchmarks.calibration

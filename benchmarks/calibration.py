@@ -8,57 +8,30 @@ seconds of one, and embedding and head by the seconds per parameter of rounding.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
+from benchmarks.memory import Memory
 from benchmarks.ours import INT4
+from benchmarks.shapes import SHAPES, write_random
 from calibration.anatomy import dissect
 from calibration.layers import Calibration, CalibrationText, quantize
 from calibration.rtn import round_to_nearest
 from exporter.checkpoint import open_checkpoint
-from exporter.checkpoint.config import read_spec
 from exporter.model.trace import trace
 from exporter.spec import Method, ModelSpec, Recipe
 
-LLAMA_32_1B = {
-    **{"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8},
-    **{"head_dim": 64, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "tie_word_embeddings": True},
-}
-"""The figures of the released config.json, but for the layers and the vocabulary."""
-LAYERS, VOCABULARY = 16, 128256
+LLAMA_32_1B = SHAPES["1b"]
+LAYERS, VOCABULARY = LLAMA_32_1B["num_hidden_layers"], LLAMA_32_1B["vocab_size"]
 SMALL_VOCABULARY = 4096
 WINDOWS, WINDOW_LENGTH = 32, 512
 LIMIT_S_PER_MPARAM = 2.0
 BASE_BYTES = 3 << 29
 """1.5 GiB: interpreter, torch, hidden states up to the limit beyond which they are mapped, activations of a chunk."""
-
-
-class Memory:
-    """Peak of anonymous and of mapped memory while the block runs, from /proc/self/status every 10 ms."""
-
-    def __enter__(self) -> Memory:
-        self.anonymous_bytes = self.mapped_bytes = 0
-        self._done = threading.Event()
-        self._watcher = threading.Thread(target=self._watch)
-        self._watcher.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._watcher.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.01):
-            lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            self.anonymous_bytes = max(self.anonymous_bytes, int(lines["RssAnon"].split()[0]) * 1024)
-            self.mapped_bytes = max(self.mapped_bytes, int(lines["RssFile"].split()[0]) * 1024)
 
 
 def layer_bytes(spec: ModelSpec) -> int:
@@ -76,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        write_random(folder, layers=args.layers)
+        write_random({**LLAMA_32_1B, "num_hidden_layers": args.layers, "vocab_size": SMALL_VOCABULARY}, folder)
         checkpoint = open_checkpoint(folder)
         graph = trace(checkpoint.spec)
         ids = torch.randint(SMALL_VOCABULARY, (WINDOWS, WINDOW_LENGTH), generator=torch.Generator().manual_seed(0))
@@ -122,20 +95,6 @@ def main() -> None:
     )
     if memory.anonymous_bytes > needed or s_per_mparam > LIMIT_S_PER_MPARAM:
         raise SystemExit(8)
-
-
-def write_random(folder: Path, *, layers: int) -> None:
-    """A checkpoint with normal weights in bf16, scaled as a fresh Llama's."""
-    config = {**LLAMA_32_1B, "model_type": "llama", "num_hidden_layers": layers, "vocab_size": SMALL_VOCABULARY}
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 500000.0}))
-    shapes = read_spec(folder).weights()
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        name: (torch.randn(shape, generator=generator) * 0.02 if len(shape) == 2 else torch.ones(shape)).bfloat16()
-        for name, shape in shapes.items()
-    }
-    save_file(weights, folder / "model.safetensors")
 
 
 def matmul_flops() -> float:

@@ -10,8 +10,8 @@ from pathlib import Path
 from benchmarks.rivals import Outcome, Task, onnxfile
 
 
-def build(task: Task, *, precision: str, options: list[str]) -> tuple[Path, float]:
-    """The builder's ONNX file for the CPU, and the seconds that its quantizer took."""
+def build_model(source: Path, out: Path, *, precision: str, options: list[str], cache: Path) -> float:
+    """The builder's ONNX file for the CPU, ``model.onnx`` in ``out``; the seconds that its quantizer took."""
     from onnxruntime_genai.models import builder  # puts its folder on sys.path, where `builders` is found  # isort: skip
     from builders.base import Model
 
@@ -26,17 +26,19 @@ def build(task: Task, *, precision: str, options: list[str]) -> tuple[Path, floa
         return quantized
 
     Model.to_nbits = timed  # create_model loads, builds, quantizes and saves in one call
-    source, out, cache = str(task.checkpoint.folder), task.scratch / precision, str(task.scratch / "cache")
-    arguments = (None, source, str(out), precision, "cpu", cache)
+    arguments = (None, str(source), str(out), precision, "cpu", str(cache))
     # hf_token=false: by default it asks for a login, even for a folder.
     parsed = builder.parse_extra_options(*arguments, ["hf_token=false", *options])
     builder.create_model(*arguments, **parsed)
     Model.to_nbits = to_nbits
-    return out / "model.onnx", seconds
+    return seconds
 
 
 def _quantize(task: Task, *, options: list[str]) -> Outcome:
-    file, seconds = build(task, precision="int4", options=options)
+    out = task.scratch / "int4"
+    cache = task.scratch / "cache"
+    seconds = build_model(task.checkpoint.folder, out, precision="int4", options=options, cache=cache)
+    file = out / "model.onnx"
     weights, stored_bytes = onnxfile.read(file, task.spec)
     ends = "embedding and head are one quantized table" if task.spec.tie_word_embeddings else "embedding stays float32"
     return Outcome(

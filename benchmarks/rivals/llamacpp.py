@@ -23,7 +23,7 @@ from benchmarks.rivals import CACHE, Outcome, RivalError, Task
 
 SOURCE = "llama-cpp-python==0.3.36"
 FOLDER = CACHE / "llama.cpp"
-TOOLS = ("llama-quantize", "llama-imatrix")
+TOOLS = ("llama-quantize", "llama-imatrix", "llama-bench")
 THREADS = str(os.cpu_count() or 1)
 
 _CONVERT = """
@@ -81,11 +81,15 @@ def _download(source: Path) -> None:
         unpacked.rename(source)
 
 
+def convert(checkpoint: Path, out: Path, *, kind: str) -> None:
+    """A checkpoint to a GGUF file of float type ``kind``, once the tools are built."""
+    _run(sys.executable, "-c", _CONVERT, FOLDER / "source", checkpoint, "--outtype", kind, "--outfile", out)
+
+
 def _quantize(task: Task, *, kind: str, imatrix: bool) -> Outcome:
     programs = build()
     original, quantized = task.scratch / "f32.gguf", task.scratch / f"{kind}.gguf"
-    convert = (sys.executable, "-c", _CONVERT, FOLDER / "source", task.checkpoint.folder)
-    _run(*convert, "--outtype", "f32", "--outfile", original)
+    convert(task.checkpoint.folder, original, kind="f32")
     matrix, note, seconds, peak = _importance(task, programs, original) if imatrix else ([], "no calibration", 0.0, 0.0)
     own_seconds, own_peak = _measured(programs / "llama-quantize", *matrix, original, quantized, kind, THREADS)
     weights, stored_bytes, types = _read(quantized, task)

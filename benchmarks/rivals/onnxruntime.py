@@ -50,7 +50,9 @@ def graph_inputs(task: Task) -> list[dict[str, np.ndarray]]:
 
 
 def _quantize(task: Task, *, algorithm: Any, name: str, note: str) -> Outcome:
-    source, _ = genai.build(task, precision="fp32", options=[])
+    out = task.scratch / "fp32"
+    genai.build_model(task.checkpoint.folder, out, precision="fp32", options=[], cache=task.scratch / "cache")
+    source = out / "model.onnx"
     quantizer = MatMulNBitsQuantizer(onnx.load(source), block_size=BLOCK_SIZE, algo_config=algorithm)
     start = time.perf_counter()
     quantizer.process()

@@ -1,0 +1,48 @@
+"""What a user would take instead: other exporters on the same checkpoint, each in a process of its own.
+
+A module here is run as ``python -m benchmarks.peers.NAME CHECKPOINT --scheme ships|ours --out FOLDER`` and writes its
+artifact and ``export.json``: seconds, peak memory, version and options. ``ships``: as the tool does it by default for a
+phone. ``ours``: int4 in groups of 32 with an int8 head, as far as it can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.memory import Memory
+
+SCHEMES = ("ships", "ours")
+CONTEXT = 2048
+
+
+def arguments(name: str) -> argparse.Namespace:
+    """``checkpoint``, ``scheme`` and ``out``, a folder that is made."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.peers.{name}")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--scheme", choices=SCHEMES, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+@contextmanager
+def recorded(out: Path, *, version: str, options: Any) -> Iterator[None]:
+    """The block exports: its seconds and this process's peak memory go to ``export.json`` in ``out``."""
+    began = time.perf_counter()
+    with Memory() as memory:
+        yield
+    record = {
+        "seconds": time.perf_counter() - began,
+        "anonymous_bytes": memory.anonymous_bytes,
+        "mapped_bytes": memory.mapped_bytes,
+        "version": version,
+        "options": options,
+    }
+    (out / "export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
