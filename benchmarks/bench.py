@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import bench_report
 from benchmarks.machine import read_bandwidth
-from benchmarks.peers import SCHEMES
+from benchmarks.peers import CONTEXT, SCHEMES
 from benchmarks.rivals import CACHE
 from benchmarks.shapes import SHAPES, write_random
 
@@ -50,13 +50,16 @@ class Entry:
     file: Path
     stored: Stored
     logits: str = "last"
+    context: int = CONTEXT
 
 
+LONG = "int4, context 4096"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "int4": (),
     "int8": ("--precision", "int8"),
     "int4, head int4": ("--head", "int4"),
     "int4, groups of 128": ("--group-size", "128"),
+    LONG: ("--context", "4096"),
 }
 OUR_TARGETS = ("onnxruntime", "executorch", "coreml")
 FILES = {"onnxruntime": "model.onnx", "executorch": "model.pte"}
@@ -75,6 +78,8 @@ STORED: dict[tuple[str, str], Stored] = {
     ("executorch", "int8"): Stored(body_bits=_XNNPACK["int8"], head_bits=_XNNPACK["int8"]),
     ("executorch", "int4, head int4"): Stored(body_bits=_XNNPACK["int4"], head_bits=_XNNPACK["int4"]),
     ("executorch", "int4, groups of 128"): Stored(body_bits=_XNNPACK["g128"], head_bits=_XNNPACK["int8"]),
+    ("onnxruntime", LONG): Stored(body_bits=_ONNX["int4"], head_bits=_ONNX["int8"]),
+    ("executorch", LONG): Stored(body_bits=_XNNPACK["int4"], head_bits=_XNNPACK["int8"]),
     ("genai", "ships"): Stored(body_bits=_ONNX["int4"], head_bits=_ONNX["int4"]),
     ("genai", "ours"): Stored(body_bits=_ONNX["int4"], head_bits=_ONNX["int8 by 32"]),
     ("export_llama", "ships"): Stored(body_bits=_XNNPACK["int4"], head_bits=_XNNPACK["int4"]),
@@ -173,7 +178,9 @@ def _entries(size: str, peers: list[str], record: dict[str, Any]) -> list[Entry]
             path = FOLDER / size / f"ours-{variant}-{names}" / runtime / file
             if alone and path.exists():
                 stored = STORED[runtime, variant]
-                entries.append(Entry(name=f"ours: {runtime}: {variant}", runtime=runtime, file=path, stored=stored))
+                context = 4096 if variant == LONG else CONTEXT
+                name = f"ours: {runtime}: {variant}"
+                entries.append(Entry(name=name, runtime=runtime, file=path, stored=stored, context=context))
         entries += _peer_entries(size, [peer for peer in peers if PEERS[peer] == runtime])
     return entries + _peer_entries(size, [peer for peer in peers if peer == "llamacpp"])
 
@@ -215,7 +222,8 @@ def _run_one(entry: Entry, checkpoint: Path, *, threads: int) -> dict[str, Any]:
         from benchmarks.peers.llamacpp import measure
 
         return measure(entry.file, threads=threads, repetitions=2)
-    words = [entry.runtime, entry.file, "--checkpoint", checkpoint, "--threads", threads, "--logits", entry.logits]
+    words = [entry.runtime, entry.file, "--checkpoint", checkpoint, "--threads", threads]
+    words += ["--logits", entry.logits, "--context", entry.context]
     return _run_module(["benchmarks.run_once", *words], timeout_s=RUN_TIMEOUT_S)
 
 

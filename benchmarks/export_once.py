@@ -19,12 +19,11 @@ BEGAN = time.perf_counter()
 
 import targets  # noqa: E402  (the time of imports is part of an export)
 from benchmarks.memory import Memory  # noqa: E402
+from benchmarks.peers import CONTEXT  # noqa: E402
 from calibration.layers import quantize  # noqa: E402
 from exporter.checkpoint import open_checkpoint  # noqa: E402
 from exporter.model.trace import trace  # noqa: E402
 from exporter.spec import Method, Plan, Precision, Recipe, Sampling, WeightScheme  # noqa: E402
-
-CONTEXT = 2048
 
 
 def main() -> None:
@@ -35,6 +34,7 @@ def main() -> None:
     parser.add_argument("--head", default="int8")
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--prefer", default="quality")
+    parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     stages: dict[str, Any] = {"imports": {"seconds": time.perf_counter() - BEGAN}}
@@ -65,7 +65,7 @@ def main() -> None:
             checkpoint=args.checkpoint,
             targets=tuple(target.name for target in chosen),
             scheme=scheme,
-            context=CONTEXT,
+            context=args.context,
             recipe=Recipe(method=Method.ROUND),
             sampling=Sampling(),
             out=args.out,

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="whose shapes the file has")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--logits", choices=list(Logits), default=Logits.LAST)
+    parser.add_argument("--context", type=int, default=CONTEXT, help="positions that the file's cache holds")
     parser.add_argument("--repetitions", type=int, default=2)
     args = parser.parse_args()
     target, spec = targets.load(args.target), read_spec(args.checkpoint)
@@ -43,10 +44,10 @@ def main() -> None:
         spec=spec,
         scheme=INT4,
         arithmetic=target.arithmetic(INT4),
-        context=CONTEXT,
+        context=args.context,
         logits=Logits(args.logits),
     )
-    ids = torch.randint(2000, (CONTEXT,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(2000, (max(PROMPTS) + DECODED,), generator=torch.Generator().manual_seed(0)).tolist()
     idle = resident_bytes()
     with target.open(artifact, threads=args.threads) as runner:
         pid = getattr(runner, "pid", os.getpid())
