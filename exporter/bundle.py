@@ -26,6 +26,7 @@ from exporter.spec import (
     Method,
     ModelSpec,
     Precision,
+    Prefer,
     Recipe,
     Report,
     RopeKind,
@@ -135,12 +136,14 @@ def write_manifest(
             "head": scheme.head.value,
             "rules": [{"pattern": rule.pattern, "precision": rule.precision.value} for rule in scheme.rules],
             "activations": arithmetic.activations.value,
+            "head_activations": arithmetic.head_activations.value if arithmetic.head_activations else None,
             "compute_dtype": arithmetic.compute_dtype,
             "dequantized_dtype": arithmetic.dequantized_dtype,
             "kv_dtype": arithmetic.kv_dtype,
         },
         "context": artifact.context,
         "logits": artifact.logits.value,
+        "prefer": artifact.prefer.value,
         "target": artifact.target,
         "backend": artifact.backend,
         "calibration": dict(calibration),
@@ -222,6 +225,7 @@ def _artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
     model = {key: value for key, value in manifest["model"].items() if key != "parameters"}
     rope = {**model.pop("rope")}
     scheme = manifest["scheme"]
+    head_activations = scheme["head_activations"]
     return Artifact(
         target=manifest["target"],
         backend=manifest["backend"],
@@ -242,12 +246,14 @@ def _artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
         ),
         arithmetic=Arithmetic(
             activations=Activations(scheme["activations"]),
+            head_activations=Activations(head_activations) if head_activations else None,
             compute_dtype=scheme["compute_dtype"],
             dequantized_dtype=scheme["dequantized_dtype"],
             kv_dtype=scheme["kv_dtype"],
         ),
         context=int(manifest["context"]),
         logits=Logits(manifest["logits"]),
+        prefer=Prefer(manifest["prefer"]),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ from exporter.spec import (
     ModelSpec,
     Plan,
     Precision,
+    Prefer,
     Recipe,
     Rule,
     Sampling,
@@ -130,7 +132,23 @@ def export(
     target: Annotated[
         str, typer.Option("--target", "-t", help="executorch, onnxruntime, coreml, a comma list, or all.")
     ],
-    precision: Annotated[str, typer.Option("--precision", "-p", help="fp32, fp16, int8 or int4.")] = "int4",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision",
+            "-p",
+            help="fp32, fp16, int8 or int4.",
+            show_default="int4, or int8 with --prefer prefill",
+        ),
+    ] = None,
+    prefer: Annotated[
+        str,
+        typer.Option(
+            "--prefer",
+            help="quality; prefill: prompts are read several times faster, int8 by int8 (onnxruntime); decode: int4 in "
+            "the widest groups that fit, up to 128.",
+        ),
+    ] = "quality",
     head: Annotated[
         str | None,
         typer.Option(
@@ -138,8 +156,13 @@ def export(
         ),
     ] = None,
     group_size: Annotated[
-        str, typer.Option("--group-size", help="Columns that share an int4 scale: 32, 64, 128 or row.")
-    ] = "32",
+        str | None,
+        typer.Option(
+            "--group-size",
+            help="Columns that share an int4 scale: 32, 64, 128 or row.",
+            show_default="32, or up to 128 with --prefer decode",
+        ),
+    ] = None,
     rules: Annotated[
         list[str] | None,
         typer.Option(
@@ -242,7 +265,12 @@ def export(
             progress.note("no checkpoint named: taking the bundled model, tiny-llama")
         _refuse_two_budgets(budget_mb=budget_mb, max_kl=max_kl, calibrated=corpus != NO_CALIBRATION and method != "rtn")
         spec = read_spec(checkpoint)
-        scheme = _scheme(precision=precision, head=head, group_size=group_size, rules=rules or [], spec=spec)
+        preferred = Prefer(_one_of("--prefer", prefer, list(Prefer)))
+        body = _body(precision, prefer=preferred)
+        scheme = _scheme(body=body, head=head, group_size=group_size or "32", rules=rules or [], spec=spec)
+        if preferred is Prefer.DECODE:
+            scheme = _widened(scheme, asked=group_size, spec=spec)
+            progress.note(f"--prefer decode: int4 in groups of {scheme.group_size or 'a row'}")
         sampling = _given(windows=windows, window_length=window_length, seed=seed)
         tuning = _given(act_order=act_order, damping=damping)
         longest = min(DEFAULT_WINDOW_LENGTH, spec.max_position_embeddings)
@@ -258,6 +286,7 @@ def export(
             sampling=Sampling(**{"window_length": longest, **sampling}),
             context=context or min(DEFAULT_CONTEXT, spec.max_position_embeddings),
             logits=Logits(_one_of("--logits", logits, [kind.value for kind in Logits])),
+            prefer=preferred,
             out=out,
             store=store or _default_store(),
             evaluation_text=eval_text,
@@ -348,8 +377,44 @@ def _targets(words: str) -> tuple[str, ...]:
     return names
 
 
-def _scheme(*, precision: str, head: str | None, group_size: str, rules: list[str], spec: ModelSpec) -> WeightScheme:
+def _body(precision: str | None, *, prefer: Prefer) -> Precision:
+    """The precision of the body, by what was asked for."""
+    if precision is None:
+        return Precision.INT8 if prefer is Prefer.PREFILL else Precision.INT4
     body = Precision(_one_of("--precision", precision, [kind.value for kind in Precision]))
+    if prefer is Prefer.PREFILL and body is not Precision.INT8:
+        raise UsageError(
+            f"--prefer prefill multiplies int8 by int8, --precision is {body}",
+            hint="leave --precision out, which then means int8, or leave --prefer out",
+        )
+    if prefer is Prefer.DECODE and body is not Precision.INT4:
+        raise UsageError(
+            f"--prefer decode widens the groups of int4, --precision is {body}", hint="leave one of them out"
+        )
+    return body
+
+
+def _widened(scheme: WeightScheme, *, asked: str | None, spec: ModelSpec) -> WeightScheme:
+    """The scheme in the widest int4 groups that divide every row; ``asked`` is what ``--group-size`` said."""
+    if asked == "row":
+        return scheme
+    shapes = spec.weights().items()
+    rows = {shape[1] for name, shape in shapes if len(shape) == 2 and scheme.precision(name) is Precision.INT4}
+    wide = [size for size in GROUP_SIZES[1:] if all(columns % size == 0 for columns in rows)]
+    if not wide:
+        raise UsageError(
+            f"--prefer decode wants int4 groups of {' or '.join(map(str, GROUP_SIZES[1:]))}, "
+            f"rows of {', '.join(map(str, sorted(rows)))} columns have none in common",
+            hint="leave it out, or take --group-size row",
+        )
+    if asked and scheme.group_size < max(wide):
+        raise UsageError(
+            f"--prefer decode takes int4 groups of {max(wide)}, --group-size is {asked}", hint="leave one of them out"
+        )
+    return scheme if asked else replace(scheme, group_size=max(wide))
+
+
+def _scheme(*, body: Precision, head: str | None, group_size: str, rules: list[str], spec: ModelSpec) -> WeightScheme:
     sizes = {**{str(size): size for size in GROUP_SIZES}, "row": PER_ROW}
     if group_size not in sizes:
         raise UsageError(

@@ -247,6 +247,7 @@ def validate(
             scheme=artifact.scheme,
             context=artifact.context,
             logits=artifact.logits,
+            prefer=artifact.prefer,
             recipe=recipe,
             sampling=sampling,
             corpus=corpus,
@@ -372,7 +373,7 @@ def _refuse_full_disk(plan: Plan, spec: ModelSpec) -> None:
 
 def _quality_by_target(chosen: list[Target], material: Material, *, progress: Progress) -> dict[str, Report]:
     """Before anything is lowered: it depends on codes and arithmetic alone."""
-    store, graph, checkpoint = material.store, material.graph, material.store.checkpoint
+    store, graph, checkpoint, prefer = material.store, material.graph, material.store.checkpoint, material.plan.prefer
     key = StoreKey(source_sha256=checkpoint.sha256, scheme=_FULL)
     full = WeightStore(checkpoint=checkpoint, key=key, root=material.plan.store)
     keep_bytes = KEEP_BYTES // (len(chosen) + 1)  # they are all in memory at once
@@ -380,7 +381,7 @@ def _quality_by_target(chosen: list[Target], material: Material, *, progress: Pr
         evaluation_windows(material.texts.evaluation, bos=graph.spec.bos_token_id, context=material.plan.context),
         truth=Reference(graph, full, FULL_PRECISION, keep_bytes=keep_bytes),
         candidates={
-            target.name: Reference(graph, store, target.arithmetic(store.scheme), keep_bytes=keep_bytes)
+            target.name: Reference(graph, store, target.arithmetic(store.scheme, prefer), keep_bytes=keep_bytes)
             for target in chosen
         },
         budget_nats=material.plan.max_kl_nats or MEAN_KL_NATS[store.scheme.body],

@@ -212,6 +212,8 @@ class Activations(StrEnum):
     """Asymmetric int8 with one scale and zero point for each token (XNNPACK's qdint8)."""
     INT8_PER_BLOCK = "int8-per-block"
     """Symmetric int8 with one scale for each block of each token (MatMulNBits at accuracy_level 4)."""
+    INT8_SYMMETRIC_PER_TOKEN = "int8-symmetric-per-token"
+    """Symmetric int8 with one scale for each token (what the ONNX lowering puts in front of an integer MatMul)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,11 +221,23 @@ class Arithmetic:
     """What a target does with numbers apart from the codes; the reference computes the same way."""
 
     activations: Activations
+    head_activations: Activations | None = None
+    """Where the head's input is rounded in another way than the body's."""
     compute_dtype: str
     kv_dtype: str
     dequantized_dtype: str = "fp32"
     """What code x scale is rounded to before it is used (Core ML: fp16)."""
 
+    def rounding(self, name: str) -> Activations:
+        """Of the input of the quantized linear with weight ``name``."""
+        if self.head_activations is not None and name in (EMBEDDING, HEAD):  # a tied head goes by its stored name
+            return self.head_activations
+        return self.activations
+
+
+SMALLEST_ABSMAX = 2.0**-100
+"""What the largest activation of a token counts as at least under ``INT8_SYMMETRIC_PER_TOKEN``, so that a token of
+zeros has a scale and no scale is subnormal."""
 
 ROW_BLOCKS = (128, 64, 32, 16)
 
@@ -243,6 +257,16 @@ class Logits(StrEnum):
     ALL = "all"
 
 
+class Prefer(StrEnum):
+    """What an artifact is made for where one thing costs another."""
+
+    QUALITY = "quality"
+    PREFILL = "prefill"
+    """A prompt is read fast: int8 weights times int8 activations, at one scale per token (onnxruntime)."""
+    DECODE = "decode"
+    """Tokens are written fast: int4 in the widest groups, so that a token reads the fewest bytes of scales."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """One run, as asked for: from one checkpoint to one artifact per target."""
@@ -253,6 +277,7 @@ class Plan:
     context: int
     """Positions the key-value cache holds."""
     logits: Logits = Logits.LAST
+    prefer: Prefer = Prefer.QUALITY
     recipe: Recipe
     corpus: str | None = None
     """File or folder to calibrate with, ``-`` for stdin; None: text that the model writes itself."""
@@ -283,6 +308,7 @@ class Artifact:
     arithmetic: Arithmetic
     context: int
     logits: Logits
+    prefer: Prefer = Prefer.QUALITY
 
 
 class Verdict(StrEnum):

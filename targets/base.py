@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exporter.errors import InputError
 from exporter.model.graph import Graph
-from exporter.spec import Arithmetic, Artifact, ModelSpec, Plan, WeightScheme
+from exporter.spec import Arithmetic, Artifact, ModelSpec, Plan, Prefer, WeightScheme
 from exporter.store import StoredWeight, WeightStore
 
 
@@ -86,9 +86,10 @@ def make_artifact(target: Target, *, spec: ModelSpec, plan: Plan, path: Path) ->
         path=path,
         spec=spec,
         scheme=plan.scheme,
-        arithmetic=target.arithmetic(plan.scheme),
+        arithmetic=target.arithmetic(plan.scheme, plan.prefer),
         context=plan.context,
         logits=plan.logits,
+        prefer=plan.prefer,
     )
 
 
@@ -103,7 +104,7 @@ class Target(Protocol):
         """Why this plan cannot work, in one sentence; None if it can. Reads no weight, imports no toolchain."""
         ...
 
-    def arithmetic(self, scheme: WeightScheme) -> Arithmetic:
+    def arithmetic(self, scheme: WeightScheme, prefer: Prefer = Prefer.QUALITY) -> Arithmetic:
         """What the artifact's runtime does with numbers under that scheme: the reference will do the same."""
         ...
 

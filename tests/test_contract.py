@@ -221,6 +221,45 @@ def test_a_body_of_two_precisions_is_proven_and_told_by_its_manifest(name: str, 
     assert read_artifact(open_bundle(plan.out), path=artifact.path) == artifact
 
 
+PREFERRED: dict[str, dict[str, Any]] = {
+    "prefill": {"activations": "int8-symmetric-per-token", "head_activations": "int8-per-block", "weights": "int8"},
+    "decode": {"activations": "int8-per-block", "head_activations": None, "weights": "int4", "group_size": 128},
+}
+"""What the manifest says of the scheme."""
+
+
+@pytest.mark.parametrize("prefer", PREFERRED)
+def test_a_preference_is_proven_told_by_the_manifest_and_proven_again(
+    prefer: str, sample: Path, tmp_path: Path
+) -> None:
+    words = ["--prefer", prefer, "-t", "onnxruntime", "-c", "192", "--calibration", "none", "--threads", "1", "--json"]
+    words += ["-o", str(tmp_path / "out"), "--store", str(tmp_path / "store")]
+    result = RUNNER.invoke(app, words)
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "out" / "onnxruntime"
+    manifest = open_bundle(folder)
+    assert [manifest[kind]["verdict"] for kind in ("codes", "parity", "quality", "latency")] == ["passed"] * 4
+    assert manifest["prefer"] == prefer
+    assert PREFERRED[prefer].items() <= manifest["scheme"].items()
+    words = ["validate", str(folder), "--store", str(tmp_path / "store"), "--against", str(sample), "--json"]
+    result = RUNNER.invoke(app, words)
+    assert result.exit_code == 0, result.output
+    again = json.loads(result.stdout)[0]["manifest"]
+    for kind in ("codes", "quality"):
+        assert again[kind] == manifest[kind]
+    assert again["parity"]["mean_kl_nats"] == pytest.approx(manifest["parity"]["mean_kl_nats"])
+
+
+def test_a_manifest_that_lacks_what_was_preferred_is_refused_in_a_sentence(bundle: Bundle) -> None:
+    manifest = open_bundle(bundle.folder)
+    path, scheme = targets.load(bundle.target).find(bundle.folder), manifest["scheme"]
+    lacking = {key: value for key, value in manifest.items() if key != "prefer"}
+    older = {key: value for key, value in scheme.items() if key != "head_activations"}
+    for broken in (lacking, {**manifest, "prefer": "speed"}, {**manifest, "scheme": older}):
+        with pytest.raises(InputError, match="is not as an export writes it"):
+            read_artifact(broken, path=path)
+
+
 def test_a_manifest_without_rules_is_read_and_one_with_broken_rules_is_refused(bundle: Bundle) -> None:
     manifest = open_bundle(bundle.folder)
     path, scheme = targets.load(bundle.target).find(bundle.folder), manifest["scheme"]

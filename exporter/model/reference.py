@@ -16,7 +16,7 @@ from torch import Tensor
 from exporter.model.eager import eager_table
 from exporter.model.graph import Graph, Weight, cache_names
 from exporter.quantized import QuantizedTensor
-from exporter.spec import Activations, Arithmetic, activation_block
+from exporter.spec import SMALLEST_ABSMAX, Activations, Arithmetic, activation_block
 from exporter.store import StoredWeight
 
 FULL_PRECISION = Arithmetic(activations=Activations.FLOAT, compute_dtype="fp32", kv_dtype="fp32")
@@ -95,7 +95,7 @@ class Reference:
     def _linear(self, x: Tensor, weight: Weight) -> Tensor:
         dense = self._dense(weight)
         if dense.group_size:
-            x = round_activations(x, self._arithmetic.activations, group_size=dense.group_size)
+            x = round_activations(x, self._arithmetic.rounding(weight.name), group_size=dense.group_size)
         y = F.linear(x, dense.values)
         if self._noise:
             y = y * (1 + self._noise * torch.randn(y.shape, generator=self._generator))
@@ -135,6 +135,8 @@ def round_activations(x: Tensor, activations: Activations, *, group_size: int) -
             return _int8_per_token(x)
         case Activations.INT8_PER_BLOCK:
             return _int8_per_block(x, activation_block(columns=x.shape[-1], group_size=group_size))
+        case Activations.INT8_SYMMETRIC_PER_TOKEN:
+            return _int8_symmetric_per_token(x)
 
 
 def _int8_per_token(x: Tensor) -> Tensor:
@@ -160,3 +162,10 @@ def _int8_per_block(x: Tensor, block: int) -> Tensor:
     largest = blocks.abs().amax(dim=-1, keepdim=True)
     codes = (blocks * torch.where(largest == 0, 0.0, torch.full_like(largest, 127.0) / largest)).round()
     return (codes * (largest / 127.0)).flatten(-2)
+
+
+def _int8_symmetric_per_token(x: Tensor) -> Tensor:
+    """Symmetric int8, one scale of absmax / 127 for each row, as ``targets/onnxruntime/lower.py`` spells it out for
+    ONNX's QuantizeLinear: divided by the scale and rounded half to even."""
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_ABSMAX) / 127.0
+    return (x / scale).round() * scale

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from exporter.files import folder_in_progress, put_in_place
-from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Precision, WeightScheme
+from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Precision, Prefer, WeightScheme
 
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
@@ -35,11 +35,13 @@ class CoreMLTarget:
     format: ClassVar[str] = ".mlpackage, an ML Program for iOS 18 and macOS 15"
 
     def refuse(self, spec: ModelSpec, plan: Plan) -> str | None:
+        if plan.prefer is Prefer.PREFILL:
+            return "--prefer prefill changes nothing here, activations are float16 in any case"
         if plan.context < 2:
             return f"the context is {plan.context}, but Core ML's open lengths need a range: at least 2"
         return None
 
-    def arithmetic(self, scheme: WeightScheme) -> Arithmetic:
+    def arithmetic(self, scheme: WeightScheme, prefer: Prefer = Prefer.QUALITY) -> Arithmetic:
         """The states, and what codes decode to, are float16 even where the rest is float32."""
         return Arithmetic(
             activations=Activations.FLOAT,

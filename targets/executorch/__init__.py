@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, WeightScheme
+from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Prefer, WeightScheme
 
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
@@ -28,6 +28,8 @@ class ExecuTorchTarget:
 
     def refuse(self, spec: ModelSpec, plan: Plan) -> str | None:
         scheme = plan.scheme
+        if plan.prefer is Prefer.PREFILL:
+            return "--prefer prefill changes nothing here, XNNPACK rounds activations to int8 in any case"
         if plan.context < _LEAST_CONTEXT:
             return f"the context is {plan.context}, a program of dynamic length needs at least {_LEAST_CONTEXT}"
         for name, shape in spec.weights().items():
@@ -35,7 +37,7 @@ class ExecuTorchTarget:
                 return f"{name} has {shape[1]} columns, which int4 groups of {scheme.group_size} do not divide"
         return None
 
-    def arithmetic(self, scheme: WeightScheme) -> Arithmetic:
+    def arithmetic(self, scheme: WeightScheme, prefer: Prefer = Prefer.QUALITY) -> Arithmetic:
         ruled = [rule.precision for rule in scheme.rules]
         quantized = any(precision.bits for precision in (scheme.body, scheme.embedding, scheme.head, *ruled))
         return Arithmetic(

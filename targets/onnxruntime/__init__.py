@@ -8,7 +8,18 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, WeightScheme
+from exporter.spec import (
+    EMBEDDING,
+    HEAD,
+    Activations,
+    Arithmetic,
+    Artifact,
+    ModelSpec,
+    Plan,
+    Precision,
+    Prefer,
+    WeightScheme,
+)
 
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
@@ -26,15 +37,26 @@ class OnnxRuntimeTarget:
     def refuse(self, spec: ModelSpec, plan: Plan) -> str | None:
         scheme = plan.scheme
         for name, shape in spec.weights().items():
+            if plan.prefer is Prefer.PREFILL and len(shape) == 2 and name not in (EMBEDDING, HEAD):
+                if scheme.precision(name) is not Precision.INT8:
+                    return f"under --prefer prefill the body is int8, but {name} is {scheme.precision(name)}"
+                continue  # MatMulIntegerToFloat takes any number of columns
             one_scale_per_row = len(shape) == 2 and scheme.groups(name, columns=shape[1]) == shape[1]
             if one_scale_per_row and scheme.precision(name).bits and shape[1] % 16:
                 return f"MatMulNBits takes blocks of 16 columns or more, but {name} has {shape[1]} columns"
         return None
 
-    def arithmetic(self, scheme: WeightScheme) -> Arithmetic:
+    def arithmetic(self, scheme: WeightScheme, prefer: Prefer = Prefer.QUALITY) -> Arithmetic:
         ruled = [rule.precision for rule in scheme.rules]
         quantized = any(precision.bits for precision in (scheme.body, scheme.head, *ruled))
         activations = Activations.INT8_PER_BLOCK if quantized else Activations.FLOAT
+        if prefer is Prefer.PREFILL:
+            return Arithmetic(
+                activations=Activations.INT8_SYMMETRIC_PER_TOKEN,
+                head_activations=activations,
+                compute_dtype="fp32",
+                kv_dtype="fp32",
+            )
         return Arithmetic(activations=activations, compute_dtype="fp32", kv_dtype="fp32")
 
     def lower(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> Artifact:

@@ -18,13 +18,18 @@ _CODES, _SCALES = ".codes", ".scales"
 
 
 def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
-    """Every initializer that belongs to the model, each weight once; codes in MatMulNBits' blocks."""
+    """Every initializer that belongs to the model, each weight once; codes in MatMulNBits' blocks or, where they are
+    multiplied as integers, by rows."""
     tensors = _initializers(artifact.path)
     for name in tensors:
         base = name.removesuffix(_CODES)
         if base != name:
             codes, scales = _torch(tensors[name]), _torch(tensors[base + _SCALES])
-            yield base, _quantized(base, codes=codes, scales=scales, columns=artifact.spec.weights()[base][1])
+            if codes.dtype == torch.int8:  # [K, N] and [N]
+                scales = scales.unsqueeze(1)
+                yield base, QuantizedTensor(name=base, bits=8, group_size=len(codes), codes=codes.T, scales=scales)
+            else:
+                yield base, _quantized(base, codes=codes, scales=scales, columns=artifact.spec.weights()[base][1])
         elif not name.endswith(_SCALES) and not name.startswith(("constant.", "inv_freq.")):
             yield name, _torch(tensors[name])
 

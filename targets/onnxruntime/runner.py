@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
@@ -13,10 +15,17 @@ import torch
 from torch import Tensor
 
 from exporter.errors import LoweringError
-from exporter.spec import Artifact, Logits
+from exporter.spec import Artifact, Logits, Prefer
 from targets.base import check_feed, check_rewind, one_by_one
 
+if TYPE_CHECKING:
+    import onnx
+
 ort.set_default_logger_severity(3)  # errors only: a warning about a node that runs on the CPU is no news here
+
+EXACT_PRODUCTS = "session.x64quantprecision"
+"""The setting under which a product of uint8 and int8 is exact on every x86, at the price of the speed where it was so
+anyway (include/onnxruntime/core/session/onnxruntime_session_options_config_keys.h)."""
 
 
 class OnnxRuntimeRunner:
@@ -27,6 +36,8 @@ class OnnxRuntimeRunner:
         self._artifact = artifact
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        if artifact.prefer is Prefer.PREFILL and saturates():
+            options.add_session_config_entry(EXACT_PRODUCTS, "1")
         folder_key = "session.model_external_initializers_file_folder_path"
         started = time.perf_counter()
         try:
@@ -92,13 +103,60 @@ class OnnxRuntimeRunner:
         self.close()
 
 
+@functools.cache
+def saturates() -> bool:
+    """Whether a product of uint8 and int8 overflows at 16 bits on this processor, as on x86 without VNNI: tried out."""
+    import onnx
+    from onnx import TensorProto
+    from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
+
+    a = make_tensor_value_info("a", TensorProto.UINT8, (8, 64))
+    y = make_tensor_value_info("y", TensorProto.INT32, (8, 32))
+    b = onnx.numpy_helper.from_array(np.full((64, 32), 127, dtype=np.int8), "b")
+    graph = make_graph([make_node("MatMulInteger", ["a", "b"], ["y"])], "largest", [a], [y], [b])
+    model = make_model(graph, opset_imports=[make_opsetid("", 21)], ir_version=10).SerializeToString()
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    (products,) = session.run(None, {"a": np.full((8, 64), 255, dtype=np.uint8)})
+    return bool((products != 64 * 255 * 127).any())
+
+
 def without_activation_rounding(path: Path) -> bytes:
-    """The graph in ``path`` with every MatMulNBits at accuracy_level 0 (float activations) and nothing else changed."""
+    """The graph in ``path`` with no activation rounded and nothing else changed: every MatMulNBits at accuracy_level 0,
+    every QuantizeLinear a division, and in place of each integer product one with the floats that the codes mean."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 0
+    nodes = [changed for node in model.graph.node for changed in _unrounded(node)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     return model.SerializeToString()
+
+
+def _unrounded(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    from onnx import TensorProto
+    from onnx.helper import make_node
+
+    output = node.output[0]
+    match node.op_type:
+        case "MatMulNBits":
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    attribute.i = 0
+            return [node]
+        case "QuantizeLinear":
+            x, scales, _ = node.input  # [B * T, K], [B * T]
+            axes, column = f"{output}.axes", f"{output}.column"
+            return [
+                make_node("Constant", [], [axes], value_ints=[-1]),
+                make_node("Unsqueeze", [scales, axes], [column]),
+                make_node("Div", [x, column], [output]),
+            ]
+        case "MatMulIntegerToFloat":
+            x, codes, _, scales, _ = node.input
+            floats, weight = f"{output}.floats", f"{output}.weight"
+            return [
+                make_node("Cast", [codes], [floats], to=TensorProto.FLOAT),
+                make_node("Mul", [floats, scales], [weight]),  # [K, N] by [N]
+                make_node("MatMul", [x, weight], [output]),
+            ]
+    return [node]

@@ -21,6 +21,7 @@ import targets
 from exporter import interrupt, pipeline
 from exporter.cli import app
 from exporter.errors import ExportError, LoweringError, gravest
+from exporter.spec import PER_ROW, Plan, Progress
 from tests.conftest import Toy
 
 RUNNER = CliRunner()
@@ -74,6 +75,82 @@ def test_a_group_size_that_does_not_divide_names_those_that_do(complete_toy: Toy
     result = run(complete_toy.folder, "-t", "onnxruntime", "--group-size", 128, "-o", tmp_path / "out")
     assert_refused(result, code=2, says="--group-size 128 does not divide the 64 columns")
     assert "take --group-size 32" in result.stderr  # 64 and 96 columns
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--prefer", "speed"], "--prefer speed is unknown; known: quality, prefill, decode"),
+        (["--prefer", "prefill", "-p", "int4"], "--prefer prefill multiplies int8 by int8, --precision is int4"),
+        (["--prefer", "prefill", "-p", "fp16"], "--prefer prefill multiplies int8 by int8, --precision is fp16"),
+        (
+            ["--prefer", "prefill", "--rule", "layers.2.* = int4"],
+            "target onnxruntime: under --prefer prefill the body is int8, but model.layers.2.self_attn.q_proj.weight "
+            "is int4",
+        ),
+        (["--prefer", "decode", "-p", "int8"], "--prefer decode widens the groups of int4, --precision is int8"),
+        (["--prefer", "decode", "--group-size", "64"], "--prefer decode takes int4 groups of 128, --group-size is 64"),
+    ],
+)
+def test_a_preference_is_refused_with_what_pulls_against_it(words: list[str], says: str, tmp_path: Path) -> None:
+    assert_refused(run("--target", "onnxruntime", "-o", tmp_path / "out", *words), code=2, says=says)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["coreml", "executorch"])
+def test_a_target_that_prefill_changes_nothing_for_refuses_it(target: str, tmp_path: Path) -> None:
+    result = run("-t", target, "--prefer", "prefill", "-o", tmp_path / "out")
+    assert_refused(result, code=2, says=f"target {target}: --prefer prefill changes nothing here")
+
+
+@pytest.mark.parametrize(
+    ("words", "precision", "group_size"),
+    [
+        ([], "int4", 32),
+        (["--prefer", "quality"], "int4", 32),
+        (["--prefer", "prefill"], "int8", 32),
+        (["--prefer", "prefill", "-p", "int8", "--head", "int4"], "int8", 32),
+        (["--prefer", "decode"], "int4", 128),
+        (["--prefer", "decode", "--group-size", "128"], "int4", 128),
+        (["--prefer", "decode", "--group-size", "row"], "int4", PER_ROW),
+    ],
+)
+def test_a_preference_decides_precision_and_groups_and_is_in_the_plan(
+    words: list[str], precision: str, group_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(monkeypatch, "-t", "onnxruntime", "-o", tmp_path / "out", *words)
+    assert (plan.scheme.body, plan.scheme.group_size) == (precision, group_size)
+    assert plan.prefer == (words[1] if words else "quality")
+
+
+def test_decode_takes_the_widest_groups_that_divide_every_int4_row(
+    make_toy: Callable[..., Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = make_toy(intermediate_size=192)
+    words = (toy.folder, "-t", "onnxruntime", "--prefer", "decode", "-o", tmp_path / "out")
+    assert planned(monkeypatch, *words).scheme.group_size == 64
+    assert_refused(run(*words, "--group-size", 32), code=2, says="takes int4 groups of 64, --group-size is 32")
+    narrow = make_toy(intermediate_size=96)
+    words = (narrow.folder, *words[1:])
+    says = "wants int4 groups of 64 or 128, rows of 64, 96, 128 columns have none in common"
+    assert_refused(run(*words), code=2, says=says)
+    rule = "layers.*.mlp.down_proj = int8"
+    assert planned(monkeypatch, *words, "--rule", rule).scheme.group_size == 64
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, *words: object) -> Plan:
+    """The plan that the command line makes of the words, without running it."""
+    plans: list[Plan] = []
+
+    def export(plan: Plan, progress: Progress) -> list[pipeline.Outcome]:
+        plans.append(plan)
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "export", export)
+        result = run(*words)
+    assert plans, result.output
+    return plans[0]
 
 
 def test_a_missing_option_and_a_missing_checkpoint_are_told(tmp_path: Path) -> None:
