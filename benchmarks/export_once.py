@@ -23,7 +23,7 @@ from benchmarks.peers import CONTEXT  # noqa: E402
 from calibration.layers import quantize  # noqa: E402
 from exporter.checkpoint import open_checkpoint  # noqa: E402
 from exporter.model.trace import trace  # noqa: E402
-from exporter.spec import Method, Plan, Precision, Recipe, Sampling, WeightScheme  # noqa: E402
+from exporter.spec import Method, Plan, Precision, Prefer, Recipe, Sampling, WeightScheme  # noqa: E402
 
 
 def main() -> None:
@@ -51,7 +51,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     chosen = [targets.load(name) for name in args.targets.split(",")]
     with tempfile.TemporaryDirectory(dir=args.out.parent) as root:
-        checkpoint = open_checkpoint(args.checkpoint)
+        with stage("opening"):
+            checkpoint = open_checkpoint(args.checkpoint)
+            _ = checkpoint.sha256  # reads every byte: the name of the store depends on it
         ends = Precision(args.head)
         embedding = ends if checkpoint.spec.tie_word_embeddings else Precision.INT8
         scheme = WeightScheme(
@@ -66,6 +68,7 @@ def main() -> None:
             targets=tuple(target.name for target in chosen),
             scheme=scheme,
             context=args.context,
+            prefer=Prefer(args.prefer),
             recipe=Recipe(method=Method.ROUND),
             sampling=Sampling(),
             out=args.out,

@@ -1,14 +1,43 @@
-"""What the machine can do at best: how fast it reads memory."""
+"""The machine: what it is, and how fast it reads memory at best."""
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
 SIZE_BYTES = 1 << 30
 RUNS = 5
+PACKAGES = ("torch", "onnxruntime", "executorch", "coremltools", "onnxruntime-genai")
+
+
+def describe() -> dict[str, str]:
+    """Processor, cores, memory, system and the versions of what is measured with."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    return {
+        "processor": f"{_processor()}, {os.cpu_count()} cores, {memory / 2**30:.0f} GiB",
+        "system": system,
+        **versions,
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
 
 
 def read_bandwidth(*, threads: int) -> dict[str, float]:

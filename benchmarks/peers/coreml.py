@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.memory import Memory
-from benchmarks.peers import arguments
+from benchmarks.peers import arguments, write_record
 
 LAYERS = (1, 3)
 LENGTH = 64
@@ -31,12 +31,12 @@ def main() -> None:
     few, more = (measured[layers] for layers in LAYERS)
     left = (config["num_hidden_layers"] - LAYERS[1]) / (LAYERS[1] - LAYERS[0])
     record: dict[str, Any] = {name: more[name] + left * (more[name] - few[name]) for name in few}
-    record |= {
-        "version": f"coremltools {version('coremltools')}",
-        "options": {"extrapolated": f"from {LAYERS[0]} and {LAYERS[1]} layers", "length": LENGTH, "cache": "none"},
-        "measured": measured,
-    }
-    (args.out / "export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_record(args.out, record | settings(args.scheme) | {"measured": measured})
+
+
+def settings(scheme: str) -> dict[str, Any]:
+    options = {"extrapolated": f"from {LAYERS[0]} and {LAYERS[1]} layers", "length": LENGTH, "cache": "none"}
+    return {"version": f"coremltools {version('coremltools')}", "options": options}
 
 
 class RMSNorm(nn.Module):

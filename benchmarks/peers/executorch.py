@@ -18,6 +18,8 @@ _META_NAMES = {
     **{f"self_attn.{kind}_proj": f"attention.w{kind}" for kind in "qkvo"},
     **{"mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"},
 }
+EMBEDDING_BITS = {"ships": "4,32", "ours": "8,0"}
+"""Bits and group size, 0 for one scale per row."""
 _ENDS = {EMBEDDING: "tok_embeddings.weight", FINAL_NORM: "norm.weight", HEAD: "output.weight"}
 
 
@@ -39,13 +41,17 @@ def main() -> None:
     options.export.max_seq_length = options.export.max_context_length = CONTEXT
     options.export.output_name = str(args.out / "model.pte")
     options.quantization.qmode, options.quantization.group_size = "8da4w", 32
-    options.quantization.embedding_quantize = "4,32" if args.scheme == "ships" else "8,0"
+    options.quantization.embedding_quantize = EMBEDDING_BITS[args.scheme]
     options.backend.xnnpack.enabled = options.backend.xnnpack.extended_ops = True
-    told = {"qmode": "8da4w", "group_size": 32, "embedding_quantize": options.quantization.embedding_quantize}
-    told |= {"head": "int4 like the body" if args.scheme == "ships" else "int8 per row, by a filter of ours"}
-    with recorded(args.out, version=f"executorch {version('executorch')}", options=told):
+    with recorded(args.out, settings=settings(args.scheme)):
         export_llama(options)
     (source / "consolidated.pth").unlink()
+
+
+def settings(scheme: str) -> dict[str, Any]:
+    told = {"qmode": "8da4w", "group_size": 32, "embedding_quantize": EMBEDDING_BITS[scheme]}
+    told |= {"head": "int4 like the body" if scheme == "ships" else "int8 per row, by a filter of ours"}
+    return {"version": f"executorch {version('executorch')}", "options": told}
 
 
 def write_meta_layout(checkpoint: Checkpoint, folder: Path) -> None:

@@ -8,41 +8,44 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import arguments, recorded
+from benchmarks.processes import run
 from benchmarks.rivals.llamacpp import FOLDER, SOURCE, THREADS, build, convert
 
-KINDS = {"ships": "Q4_0", "ours": "Q4_0"}
-"""Blocks of 32 with one scale of 16 bits; the head gets Q6_K. There is no closer one to ours."""
+
+def settings(scheme: str) -> dict[str, Any]:
+    return {"version": f"llama.cpp from {SOURCE.replace('==', ' ')}", "options": {"type": scheme}}
 
 
 def main() -> None:
     args = arguments("llamacpp")
     programs, float_file = build(), args.out / "model-bf16.gguf"
-    kind = KINDS[args.scheme]
-    with recorded(args.out, version=f"llama.cpp from {SOURCE}", options={"type": kind}):
+    with recorded(args.out, settings=settings(args.scheme)):
         convert(args.checkpoint, float_file, kind="bf16")
-        command = [programs / "llama-quantize", float_file, args.out / "model.gguf", kind, THREADS]
+        command = [programs / "llama-quantize", float_file, args.out / "model.gguf", args.scheme, THREADS]
         subprocess.run(list(map(str, command)), check=True)
     float_file.unlink()
 
 
-def measure(file: Path, *, threads: int, repetitions: int) -> dict[str, Any]:
-    """The record of ``benchmarks.run_once`` for a GGUF file; llama-bench tells no memory."""
+def measure(file: Path, *, threads: int, repetitions: int, timeout_s: float) -> dict[str, Any]:
+    """The record of ``benchmarks.run_once`` for a GGUF file, but for the time to load, which llama-bench does not tell.
+    Raises ProgramError."""
     from benchmarks.run_once import DECODED, DEPTHS, PROMPTS
 
     program = FOLDER / "build" / "bin" / "llama-bench"
     common = ["-m", file, "-t", threads, "-r", repetitions, "-o", "json"]
     rates: dict[str, list[float]] = {}
+    peaks = [0, 0]
     calls = [
         ["-p", ",".join(map(str, PROMPTS)), "-n", 0],
         ["-p", 0, "-n", DECODED, "-d", ",".join(map(str, DEPTHS))],
     ]
     for call in calls:
-        command = list(map(str, [program, *common, *call]))
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        for test in json.loads(done.stdout):
+        done = run([program, *common, *call], timeout_s=timeout_s)
+        peaks = [max(peaks[0], done.memory.anonymous_bytes), max(peaks[1], done.memory.mapped_bytes)]
+        for test in json.loads(done.output):
             prompt, depth = test["n_prompt"], test["n_depth"]
             rates[f"prefill {prompt}" if prompt else f"decode at {depth}"] = test["samples_ts"]
-    return {"tokens_per_s": rates}
+    return {"tokens_per_s": rates, "idle_bytes": (0, 0), "peak_bytes": peaks}
 
 
 if __name__ == "__main__":

@@ -51,12 +51,15 @@ process it was forked from, and ours has torch in it."""
 def build() -> Path:
     """The folder with the tools, built on the first call (5 minutes on 2 free cores). Raises RivalError."""
     source, programs = FOLDER / "source", FOLDER / "build" / "bin"
-    if all((programs / tool).exists() for tool in TOOLS):
+    if all((programs / tool).exists() for tool in TOOLS) and _keeps_tile_shapes(source):
         return programs
     if not shutil.which("cmake"):
         raise RivalError("llama.cpp is built with cmake and a C++ compiler: apt-get install cmake g++")
     if not source.exists():
         _download(source)
+    if not _keeps_tile_shapes(source):
+        shutil.rmtree(programs, ignore_errors=True)  # they come from that source
+        _keep_tile_shapes(source)
     parts = ("OPENSSL", "BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_SERVER", "BUILD_APP", "BUILD_UI", "USE_PREBUILT_UI")
     settings = ["CMAKE_BUILD_TYPE=Release", "GGML_NATIVE=ON", "BUILD_SHARED_LIBS=OFF"]
     settings += [f"LLAMA_{part}=OFF" for part in parts]
@@ -79,6 +82,24 @@ def _download(source: Path) -> None:
             tar.extractall(scratch, members, filter="data")
         (unpacked,) = Path(scratch).glob("*/vendor/llama.cpp")
         unpacked.rename(source)
+
+
+_AMX = "ggml/src/ggml-cpu/amx/mmq.cpp"
+_LOAD = "_tile_loadconfig(&tc);"
+_KEPT_LOAD = f'asm volatile("" : : "r"(&tc) : "memory"); {_LOAD}'
+"""g++ 12 takes the operand of ``_tile_loadconfig`` for eight bytes and drops the stores of the shapes behind them, so
+that a product of more than one token ends in SIGSEGV on processors with AMX."""
+
+
+def _keeps_tile_shapes(source: Path) -> bool:
+    return _KEPT_LOAD in (source / _AMX).read_text(encoding="utf-8")
+
+
+def _keep_tile_shapes(source: Path) -> None:
+    text = (source / _AMX).read_text(encoding="utf-8")
+    if text.count(_LOAD) != 1:
+        raise RivalError(f"{_LOAD} is not where it was in {_AMX}: look whether it is still needed")
+    (source / _AMX).write_text(text.replace(_LOAD, _KEPT_LOAD), encoding="utf-8")
 
 
 def convert(checkpoint: Path, out: Path, *, kind: str) -> None:
