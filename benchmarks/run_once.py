@@ -54,10 +54,11 @@ def main() -> None:
         loaded = resident_bytes(pid)
         figures: dict[str, list[float]] = {}
         with Memory(pid) as memory:
-            for repetition in range(args.repetitions + 1):
+            runner.feed(ids[: min(PROMPTS)])  # to warm up
+            runner.feed_each(ids[:4])
+            for _ in range(args.repetitions):
                 for name, rate in _rates(runner, ids).items():
-                    if repetition:  # the first is to warm up
-                        figures.setdefault(name, []).append(rate)
+                    figures.setdefault(name, []).append(rate)
         record = {
             "load_s": runner.load_s,
             "tokens_per_s": figures,
