@@ -226,7 +226,7 @@ def _export(words: Sequence[object], out: Path, *, needed_bytes: int, expected_b
         if expected_bytes > (memory := available_bytes()):
             least, most = expected_bytes / 2**30, memory / 2**30
             raise ProgramError(f"not tried: about {least:.0f} GiB expected from its need at 1B, {most:.0f} available")
-        free = shutil.disk_usage(FOLDER).free
+        free = shutil.disk_usage(out.parent).free
         if free < needed_bytes:
             raise ProgramError(
                 f"not tried: about {needed_bytes / 1e9:.0f} GB of disk are needed, {free / 1e9:.0f} free"
