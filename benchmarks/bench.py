@@ -149,11 +149,11 @@ def _measure(
         keep()
     entries = _entries(size, peers, record)
     runs = record.setdefault("runs", {})
-    session = datetime.now().isoformat(timespec="seconds")
+    measured = datetime.now().isoformat(timespec="seconds")
     counts = bench_report.parameters(shape)
     for entry in entries:
         bits = counts["body"] * entry.stored.body_bits + counts["head"] * entry.stored.head_bits
-        runs[entry.name] = {"session": session, "bytes_per_token": bits / 8, "by_threads": {}}
+        runs[entry.name] = {"measured": measured, "bytes_per_token": bits / 8, "by_threads": {}}
     for name, threads, told in _run_all(size, checkpoint, entries):
         runs[name]["by_threads"].setdefault(str(threads), []).append(told)
         keep()

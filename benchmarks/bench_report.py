@@ -224,7 +224,7 @@ def ratios(record: Results, pair: Pair) -> dict[str, float] | None:
 
 
 def _title(record: Results, pair: Pair) -> str:
-    apart = len({record["runs"][name]["session"] for name in (pair.ours, pair.peer)}) > 1
+    apart = len({record["runs"][name]["measured"] for name in (pair.ours, pair.peer)}) > 1
     notes = "; ".join(filter(None, [pair.note, "not measured in the same run" if apart else ""]))
     return f"{pair.ours.removeprefix('ours: ')} over {pair.peer}" + (f" ({notes})" if notes else "")
 

@@ -103,8 +103,8 @@ def told(rate: float, *, peak: int) -> dict[str, Any]:
     return {"load_s": 1.0, "tokens_per_s": rates, **held}
 
 
-def runs(*records: dict[str, Any], session: str = "today") -> dict[str, Any]:
-    return {"session": session, "bytes_per_token": 1e9, "by_threads": {"2": list(records)}}
+def runs(*records: dict[str, Any], measured: str = "today") -> dict[str, Any]:
+    return {"measured": measured, "bytes_per_token": 1e9, "by_threads": {"2": list(records)}}
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def results() -> dict[str, Any]:
             "ours: onnxruntime: int4": runs(told(10, peak=2**30), {"failed": "once"}),
             "genai: ours": runs(told(20, peak=2**31)),
             "ours: executorch: int4": runs(told(10, peak=2**30)),
-            "export_llama: ours": runs(told(5, peak=2**29), session="yesterday"),
+            "export_llama: ours": runs(told(5, peak=2**29), measured="yesterday"),
             "llama.cpp: Q4_0": runs({"failed": "exit code 1: bad magic"}),
         },
     }
