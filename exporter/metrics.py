@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+_POSITIONS_AT_ONCE = 64
+"""That have logits in float64: of a vocabulary of 128,256 some five copies of 66 MB."""
+
 
 def kl_divergence(reference: Tensor, candidate: Tensor) -> Tensor:
     """KL(reference || candidate) at each position, in nats: two ``[T, V]`` -> float64 ``[T]``.
@@ -14,8 +17,13 @@ def kl_divergence(reference: Tensor, candidate: Tensor) -> Tensor:
     Computed in float64: at the divergences that matter here (1e-7 nats) float32 sums over a vocabulary of 128,256
     are mostly rounding. Negative results of rounding are clamped to 0.
     """
-    log_p = torch.log_softmax(reference.double(), dim=-1)
-    log_q = torch.log_softmax(candidate.double(), dim=-1)
+    parts = zip(reference.split(_POSITIONS_AT_ONCE), candidate.split(_POSITIONS_AT_ONCE), strict=True)
+    return torch.cat([_kl_divergence(p.double(), q.double()) for p, q in parts])
+
+
+def _kl_divergence(reference: Tensor, candidate: Tensor) -> Tensor:
+    log_p = torch.log_softmax(reference, dim=-1)
+    log_q = torch.log_softmax(candidate, dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_(min=0.0)
 
 
@@ -26,7 +34,10 @@ def top1_agreement(reference: Tensor, candidate: Tensor) -> Tensor:
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p(target) at each position, in nats: ``[T, V]`` and int64 ``[T]`` -> float64 ``[T]``."""
-    return torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
+    parts = zip(logits.split(_POSITIONS_AT_ONCE), targets.split(_POSITIONS_AT_ONCE), strict=True)
+    return torch.cat(
+        [torch.nn.functional.cross_entropy(some.double(), wanted, reduction="none") for some, wanted in parts]
+    )
 
 
 def perplexity(nll: Tensor) -> float:

@@ -8,7 +8,7 @@ floor: how far the reference moves when 1e-6 of noise is put on each of its line
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +29,10 @@ FP16_SPACINGS = 2
 """fp16 keeps 11 bits: two logits nearer than two spacings of the best one may come out in either order."""
 
 _PREFILLS = (96, 17)
-_DECODES = 192
+DECODES = 192
+FEW_DECODES = 8
+"""Where a decoded token takes seconds: the structure of a large model, and any run of one by an evaluator."""
+
 TOP = 64
 """Logits kept at each golden position: the most likely ones, the rest told by logsumexp."""
 
@@ -48,6 +51,10 @@ class Drive:
         first, second = self.prefills
         return [first - 1, *range(first + second - 1, len(self.ids))]
 
+    def decoding(self, count: int) -> Drive:
+        """The same one, with no more than ``count`` tokens decoded."""
+        return replace(self, ids=self.ids[: sum(self.prefills) + count])
+
 
 class Answering(Protocol):
     """What can be driven: a Runner, or the Reference."""
@@ -59,7 +66,7 @@ class Answering(Protocol):
 
 def drive_for(ids: Sequence[int], *, context: int) -> Drive:
     """The longest drive that ``ids`` and ``context`` have room for: 96 + 17 tokens of prefill, up to 192 of decode."""
-    length = min(len(ids), context, sum(_PREFILLS) + _DECODES)
+    length = min(len(ids), context, sum(_PREFILLS) + DECODES)
     first = min(_PREFILLS[0], max(1, length // 2))
     second = min(_PREFILLS[1], max(1, (length - first) // 2))
     return Drive(ids=tuple(ids[:length]), prefills=(first, second))
@@ -104,6 +111,7 @@ def check_parity(
     expected: Tensor,
     got: Tensor,
     structure_max_abs: float | None,
+    structure_positions: int | None = None,
     floor_kl_nats: float,
     artifact: Artifact,
     runtime: str,
@@ -113,6 +121,7 @@ def check_parity(
         "runtime": runtime,
         "positions": len(expected),
         "structure_max_abs_logit_diff": structure_max_abs,
+        "structure_positions": structure_positions,
         "mean_kl_nats": kl_divergence(expected, got).mean().item(),
         "floor_kl_nats": floor_kl_nats,
         **_top1_figures(expected.topk(2, dim=-1), got),

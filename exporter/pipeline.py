@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from exporter.codes import weight_digests
 from exporter.errors import BudgetError, CapacityError, ExportError, InputError, ParityError, UsageError, gravest
 from exporter.files import folder_in_progress, put_in_place
 from exporter.model.graph import Graph
-from exporter.model.reference import FULL_PRECISION, KEEP_BYTES, Reference
+from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace
-from exporter.parity import drive_for
+from exporter.parity import FEW_DECODES, drive_for
 from exporter.prove import (
     ask_reference,
     make_goldens,
@@ -52,12 +53,11 @@ from exporter.spec import (
     Verdict,
     WeightScheme,
 )
-from exporter.store import StoreKey, WeightStore
+from exporter.store import StoredWeight, StoreKey, WeightStore
 from exporter.texts import Texts, as_recorded, check_recorded, read_texts
 from exporter.tokenizer import Tokenizer
 from targets.base import Target
 
-_FULL = WeightScheme(body=Precision.FP32, embedding=Precision.FP32, head=Precision.FP32, group_size=32)
 _FAILURES = {"codes": ParityError, "parity": ParityError, "quality": BudgetError, "latency": BudgetError}
 """What it means when the verdict of that kind is *failed*."""
 
@@ -199,7 +199,10 @@ def _make_bundle(
     copy_tokenizer(material.tokenizer, folder)
 
     progress.stage(f"{target.name}: reference")
-    answers = ask_reference(graph, store, artifact, drive_for(material.texts.evaluation, context=plan.context))
+    steps = drive_for(material.texts.evaluation, context=plan.context)
+    if target.is_slow(graph.spec):
+        steps = steps.decoding(FEW_DECODES)
+    answers = ask_reference(graph, store, artifact, steps)
     goldens = make_goldens(answers, graph=graph, store=store, artifact=artifact, tokenizer=material.tokenizer)
     goldens.write(folder)
 
@@ -373,20 +376,28 @@ def _refuse_full_disk(plan: Plan, spec: ModelSpec) -> None:
 
 def _quality_by_target(chosen: list[Target], material: Material, *, progress: Progress) -> dict[str, Report]:
     """Before anything is lowered: it depends on codes and arithmetic alone."""
-    store, graph, checkpoint, prefer = material.store, material.graph, material.store.checkpoint, material.plan.prefer
-    key = StoreKey(source_sha256=checkpoint.sha256, scheme=_FULL)
-    full = WeightStore(checkpoint=checkpoint, key=key, root=material.plan.store)
-    keep_bytes = KEEP_BYTES // (len(chosen) + 1)  # they are all in memory at once
+    store, graph, checkpoint = material.store, material.graph, material.store.checkpoint
+    prefer, passes, layers = material.plan.prefer, len(chosen) + 1, count(1)
     return measure_quality(
         evaluation_windows(material.texts.evaluation, bos=graph.spec.bos_token_id, context=material.plan.context),
-        truth=Reference(graph, full, FULL_PRECISION, keep_bytes=keep_bytes),
+        truth=Reference(graph, _Original(checkpoint), FULL_PRECISION, keep_bytes=0),
         candidates={
-            target.name: Reference(graph, store, target.arithmetic(store.scheme, prefer), keep_bytes=keep_bytes)
+            target.name: Reference(graph, store, target.arithmetic(store.scheme, prefer), keep_bytes=0)
             for target in chosen
         },
         budget_nats=material.plan.max_kl_nats or MEAN_KL_NATS[store.scheme.body],
-        on_window=progress.advance,
+        on_layer=lambda: progress.advance(next(layers), passes * graph.spec.num_hidden_layers),
     )
+
+
+class _Original:
+    """The weights of a checkpoint as they lie there, mapped: the reference turns them into float32 as it needs them."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, name: str, /) -> StoredWeight:
+        return self._checkpoint.read(name)
 
 
 def _check_source(manifest: Mapping[str, Any], checkpoint: Checkpoint, *, bundle: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,7 +47,11 @@ class QuantizedTensor:
     def dequantize(self) -> Tensor:
         """float32 ``[N, K]``: code times the scale of its group, exact in float32."""
         grouped = self.codes.view(self.shape[0], -1, self.group_size).float()
-        return (grouped * self.scales.unsqueeze(-1)).view(self.shape)
+        return grouped.mul_(self.scales.unsqueeze(-1)).view(self.shape)
+
+    def rows(self, which: slice | Tensor) -> QuantizedTensor:
+        """Those of its rows (int64 ``[n]``) alone; a slice shares their memory."""
+        return replace(self, codes=self.codes[which], scales=self.scales[which])
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -58,5 +62,5 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """The inverse of :func:`pack_int4`: uint8 ``[..., K / 2]`` -> int8 ``[..., K]``."""
-    nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
-    return ((nibbles ^ 8).to(torch.int8)) - 8
+    pairs = packed.view(torch.int8)
+    return torch.stack(((pairs << 4) >> 4, pairs >> 4), dim=-1).flatten(-2)  # shifts of int8 keep the sign

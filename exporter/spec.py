@@ -14,6 +14,10 @@ EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 
+LARGE_PARAMETERS = 500_000_000
+"""About as many as are kept in float32 between calls (``exporter.model.reference.KEEP_BYTES``); of a larger model each
+call decodes weights anew, seconds for each billion of them (``docs/decisions/0008-proofs-at-size.md``)."""
+
 
 class RopeKind(StrEnum):
     DEFAULT = "default"
@@ -101,6 +105,11 @@ class ModelSpec:
     @property
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.weights().values())
+
+    @property
+    def is_large(self) -> bool:
+        """Whether proofs take less of what costs a pass over all weights for each token: see ``LARGE_PARAMETERS``."""
+        return self.parameters > LARGE_PARAMETERS
 
 
 class Precision(StrEnum):

@@ -129,11 +129,20 @@ class Target(Protocol):
         """Load the artifact on this host. Raises HostError where this host cannot execute it."""
         ...
 
+    def is_slow(self, spec: ModelSpec) -> bool:
+        """Whether what ``open`` gives takes seconds for each token on this host, so that proofs decode few."""
+        ...
+
+    def structure_parts(self, graph: Graph, scheme: WeightScheme) -> Sequence[Graph]:
+        """The graphs that ``open_structure`` is to be asked for, one after the other: ``graph`` itself, or shorter
+        models that cover it (``exporter.model.graph.in_slices``) where its weights in float32 would be too much."""
+        ...
+
     def open_structure(
         self, artifact: Artifact, *, graph: Graph, store: WeightStore, plan: Plan, scratch: Path
     ) -> AbstractContextManager[Runner]:
-        """The same lowering with activations left unquantized (and fp32 arithmetic), for the strict half of parity.
-        ``scratch`` is an empty folder for whatever has to be written."""
+        """The same lowering with activations left unquantized (and fp32 arithmetic), for the strict half of parity, of
+        one of the ``structure_parts``. ``scratch`` is an empty folder for whatever has to be written."""
         ...
 
     def latency_unmeasurable(self) -> str | None:

@@ -5,8 +5,9 @@ So a difference between an artifact and its reference is a fault of the lowering
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exporter.model.eager import eager_table
-from exporter.model.graph import Graph, Weight, cache_names
+from exporter.model.graph import Graph, Value, Weight, walk
 from exporter.quantized import QuantizedTensor
 from exporter.spec import SMALLEST_ABSMAX, Activations, Arithmetic, activation_block
 from exporter.store import StoredWeight
@@ -22,9 +23,13 @@ from exporter.store import StoredWeight
 FULL_PRECISION = Arithmetic(activations=Activations.FLOAT, compute_dtype="fp32", kv_dtype="fp32")
 """float32 throughout: with a float32 store, the model itself."""
 
-KEEP_BYTES = 4 << 30
-"""Dequantized weights that references keep between calls: most of a 1B model; what does not fit is dequantized again
-at each call."""
+KEEP_BYTES = 2 << 30
+"""Dequantized weights that a reference keeps between calls: all of a model of half a billion parameters; what does not
+fit is dequantized again at each call."""
+
+BLOCK_BYTES = 64 << 20
+"""Of a matrix in float32 at a time: a larger one that is not kept is computed in blocks of rows. (For a few hundred
+tokens, blocks four times smaller took half as long again, and whole matrices no less.)"""
 
 
 class Weights(Protocol):
@@ -35,6 +40,9 @@ class Weights(Protocol):
 
 class Reference:
     """One model with one key-value cache: ``feed`` token ids, get the logits of every one of them.
+
+    Of a weight that is not kept (``keep_bytes=0`` suits a reference that is asked once), only the rows of the embedding
+    that are looked up, or ``BLOCK_BYTES`` of a matrix, are ever in memory as floats.
 
     ``noise`` multiplies each output of a linear by 1 + noise * N(0, 1): how far the reference moves under it is the
     floor under which no artifact can be expected to agree (a flipped rounding of an activation is amplified).
@@ -54,11 +62,11 @@ class Reference:
         self._arithmetic = arithmetic
         self._noise = noise
         self._generator = torch.Generator().manual_seed(0)
-        self._kept: dict[str, _DenseWeight] = {}
+        self._kept: dict[str, _Matrix] = {}
         self._kept_bytes = 0
         self._keep_bytes = keep_bytes
-        self._caches = self._empty_caches()
-        self._table = eager_table(lambda weight: self._dense(weight).values, linear=self._linear)
+        self._caches = self._empty_caches(1)
+        self._table = {**eager_table(self._vector, linear=self._linear), "embedding": self._embedding}
 
     @property
     def position(self) -> int:
@@ -77,53 +85,133 @@ class Reference:
         """Forget every token from ``position`` on."""
         self._caches = {name: cache[:, :, :position] for name, cache in self._caches.items()}
 
-    def greedy(self, ids: Sequence[int], *, count: int, stops: Sequence[int]) -> list[tuple[int, float]]:
-        """The most likely next tokens after ``ids``, up to ``count`` of them or a stop token, each with its margin: how
-        far its logit is above the second best. Where that is small another runtime may rightly choose otherwise."""
-        self.rewind(0)
-        answer: list[tuple[int, float]] = []
-        while len(answer) < count and not (answer and answer[-1][0] in stops):
-            best = self.feed([answer[-1][0]] if answer else ids)[-1].topk(2)
-            answer.append((int(best.indices[0]), float(best.values[0] - best.values[1])))
-        return answer
+    @torch.no_grad()
+    def before_head(self, ids: Tensor, on_layer: Callable[[], None] = lambda: None) -> Tensor:
+        """What the head reads for texts int64 ``[B, T]`` that start anew: float32 ``[B, T, H]``. The cache stays as it
+        is. ``on_layer`` is called after each decoder layer."""
+        wanted = self._graph.head.arguments[0]
+        assert isinstance(wanted, Value)  # VOCABULARY: linear is x, weight
+        nodes = [node for node in self._graph.nodes if node is not self._graph.head]
+        last_of_layer = {node.layer: node.name for node in nodes if node.layer is not None}
+        caches = self._empty_caches(len(ids))
+        values = {Value(name): value for name, value in {"ids": ids, **caches}.items()}
+        walk(
+            nodes,
+            self._table,
+            values,
+            lambda node, *_: on_layer() if last_of_layer.get(node.layer) == node.name else None,
+            wanted={wanted},
+        )
+        hidden: Tensor = values[wanted]
+        return hidden
 
-    def _empty_caches(self) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of what ``before_head`` gives, or some of its positions, ``[..., H]``."""
+        weight = self._graph.head.arguments[1]
+        assert isinstance(weight, Weight)  # VOCABULARY: linear is x, weight
+        return self._linear(hidden, weight)
+
+    def greedy(self, ids: Sequence[int], *, count: int, stops: Sequence[int]) -> list[tuple[int, float]]:
+        """``greedy_answers`` to a single prompt."""
+        return self.greedy_answers([ids], counts=[count], stops=stops)[0]
+
+    def greedy_answers(
+        self, prompts: Sequence[Sequence[int]], *, counts: Sequence[int], stops: Sequence[int]
+    ) -> list[list[tuple[int, float]]]:
+        """The most likely next tokens after each prompt, up to its count of them or a stop token, each with its margin:
+        how far its logit is above the second best. Where that is small another runtime may rightly choose otherwise.
+
+        All prompts go through the model together, each with a draft of all that is to come: what the pass before chose
+        at those positions. As many choices are taken as had nothing but right tokens before them, at least one a pass
+        (Jacobi decoding: Santilli et al. 2023, arXiv:2305.10427); so the answer is that of one token after another.
+        """
+        answers: list[list[tuple[int, float]]] = [[] for _ in prompts]
+        drafts = [[prompt[-1]] * count for prompt, count in zip(prompts, counts, strict=True)]
+
+        def goes_on(index: int) -> bool:
+            answer = answers[index]
+            return len(answer) < counts[index] and not (answer and answer[-1][0] in stops)
+
+        while going_on := [index for index in range(len(prompts)) if goes_on(index)]:
+            texts = [[*prompts[index], *drafts[index][:-1]] for index in going_on]
+            ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)  # nothing sees what follows its text
+            for row, text in zip(ids, texts, strict=True):
+                row[: len(text)] = torch.tensor(text)
+            hidden = self.before_head(ids)
+            rows = [
+                hidden[row, len(prompts[index]) + len(answers[index]) - 1 : len(texts[row])]
+                for row, index in enumerate(going_on)
+            ]
+            logits = self.head(torch.cat(rows)).split([len(row) for row in rows])
+            for index, its_logits in zip(going_on, logits, strict=True):
+                taken, best = len(answers[index]), its_logits.topk(2)
+                choices = best.indices[:, 0].tolist()
+                margins = (best.values[:, 0] - best.values[:, 1]).tolist()
+                for choice, margin, drafted in zip(choices, margins, drafts[index][taken:], strict=True):
+                    answers[index].append((choice, margin))
+                    if choice != drafted or choice in stops:
+                        break
+                drafts[index][taken:] = choices
+        return answers
+
+    def _empty_caches(self, batch: int) -> dict[str, Tensor]:
         spec = self._graph.spec
-        names = [f"past_{name}" for pair in cache_names(spec.num_hidden_layers) for name in pair]
-        return {name: torch.zeros(1, spec.num_key_value_heads, 0, spec.head_dim) for name in names}
+        names = (name for name in self._graph.inputs if name.startswith("past_"))
+        return {name: torch.zeros(batch, spec.num_key_value_heads, 0, spec.head_dim) for name in names}
+
+    def _embedding(self, ids: Tensor, weight: Weight) -> Tensor:
+        return self._matrix(weight).rows(ids.flatten()).view(*ids.shape, -1)
 
     def _linear(self, x: Tensor, weight: Weight) -> Tensor:
-        dense = self._dense(weight)
-        if dense.group_size:
-            x = round_activations(x, self._arithmetic.rounding(weight.name), group_size=dense.group_size)
-        y = F.linear(x, dense.values)
+        matrix = self._matrix(weight)
+        if matrix.group_size:
+            x = round_activations(x, self._arithmetic.rounding(weight.name), group_size=matrix.group_size)
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        for block in matrix.blocks(weight.shape):
+            y[..., block] = F.linear(x, matrix.rows(block))
         if self._noise:
             y = y * (1 + self._noise * torch.randn(y.shape, generator=self._generator))
         return y
 
-    def _dense(self, weight: Weight) -> _DenseWeight:
-        """float32 values of a weight, rounded as the target rounds what it dequantizes."""
+    def _vector(self, weight: Weight) -> Tensor:
+        return self._matrix(weight).rows(slice(None))
+
+    def _matrix(self, weight: Weight) -> _Matrix:
+        """A weight as it is stored; as floats and kept, if there is room."""
         if weight.name in self._kept:
             return self._kept[weight.name]
         stored = self._weights[weight.name]
-        if isinstance(stored, QuantizedTensor):
-            values = stored.dequantize()
-            if self._arithmetic.dequantized_dtype == "fp16":
-                values = values.half().float()
-            dense = _DenseWeight(values=values, group_size=stored.group_size)
-        else:
-            dense = _DenseWeight(values=stored.float(), group_size=None)
-        if self._kept_bytes + dense.values.nbytes <= self._keep_bytes:
-            self._kept[weight.name] = dense
-            self._kept_bytes += dense.values.nbytes
-        return dense
+        group_size = stored.group_size if isinstance(stored, QuantizedTensor) else None
+        matrix = _Matrix(stored=stored, group_size=group_size, dtype=self._arithmetic.dequantized_dtype)
+        size = 4 * math.prod(weight.shape)
+        if self._kept_bytes + size <= self._keep_bytes:
+            matrix = self._kept[weight.name] = replace(matrix, stored=matrix.rows(slice(None)))
+            self._kept_bytes += size
+        return matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _DenseWeight:
-    values: Tensor
+class _Matrix:
+    stored: StoredWeight
     group_size: int | None
     """Of the codes it came from, whose linear then sees a rounded input too; None if it was stored as floats."""
+    dtype: str
+    """To which the target rounds what it dequantizes."""
+
+    def rows(self, which: slice | Tensor) -> Tensor:
+        """float32, rounded as the target rounds what it dequantizes."""
+        if isinstance(self.stored, Tensor):
+            return self.stored[which].float()
+        values = self.stored.rows(which).dequantize()
+        return values.half().float() if self.dtype == "fp16" else values
+
+    def blocks(self, shape: tuple[int, ...]) -> Iterator[slice]:
+        """Of rows; all of them at once where they are floats already."""
+        rows, columns = shape
+        whole = isinstance(self.stored, Tensor) and self.stored.dtype == torch.float32
+        step = rows if whole else max(1, BLOCK_BYTES // (4 * columns))
+        return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def round_activations(x: Tensor, activations: Activations, *, group_size: int) -> Tensor:

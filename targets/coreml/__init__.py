@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -84,6 +84,12 @@ class CoreMLTarget:
         if executes_here():
             return CoreMLRunner(artifact, lambda: run_with_core_ml(artifact.path))
         return CoreMLRunner(artifact, lambda: run_with_evaluator(artifact.path, Rounding.FP16))
+
+    def is_slow(self, spec: ModelSpec) -> bool:
+        return spec.is_large and not executes_here()
+
+    def structure_parts(self, graph: Graph, scheme: WeightScheme) -> Sequence[Graph]:
+        return [graph]
 
     def open_structure(
         self,

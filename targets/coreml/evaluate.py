@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from torch import Tensor
 from exporter.errors import LoweringError
 from targets.coreml.package import QUANTIZED, MilType, Package
 
-_KEEP_BYTES = 4 << 30
+KEEP_BYTES = 2 << 30
 """Decoded constants kept between calls, up to this size; what does not fit is decoded again at each call."""
+
+BLOCK_BYTES = 64 << 20
+"""Of a matrix in float32 at a time: of a larger one that is not kept, a linear decodes so many rows after another."""
 
 
 _FLOATS = (MilType.FLOAT16, MilType.FLOAT32)
@@ -40,6 +44,23 @@ class State:
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.value = torch.zeros(shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """A constant [N, K] that is decoded where it is read, by rows."""
+
+    shape: tuple[int, ...]
+    decode: Callable[[slice | Tensor], Tensor]
+    """Of the rows asked for (int64 ``[n]``): float32 ``[n, K]``."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def blocks(self) -> Iterator[Tensor]:
+        count, columns = self.shape
+        step = max(1, BLOCK_BYTES // (4 * columns))
+        return (self.decode(slice(start, start + step)) for start in range(0, count, step))
 
 
 class Evaluator:
@@ -80,7 +101,10 @@ class Evaluator:
 
     def _execute(self, operation: Any, values: dict[str, Any]) -> None:
         function = OPS[operation.type]
-        arguments = {key: self._argument(argument, values) for key, argument in operation.inputs.items()}
+        by_rows = _BY_ROWS.get(operation.type)
+        arguments = {
+            key: self._argument(argument, values, by_rows=key == by_rows) for key, argument in operation.inputs.items()
+        }
         try:
             inspect.signature(function).bind(**arguments)
             results = function(**arguments)
@@ -90,39 +114,68 @@ class Evaluator:
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             raise _fault(f"MIL op {_describe(operation)} cannot be computed: {error}") from error
 
-    def _argument(self, argument: Any, values: Mapping[str, Any]) -> Any:
+    def _argument(self, argument: Any, values: Mapping[str, Any], *, by_rows: bool) -> Any:
         bound = [
             self._package.constant(binding.value)
             if binding.WhichOneof("binding") == "value"
-            else self._value(binding.name, values)
+            else self._value(binding.name, values, by_rows=by_rows)
             for binding in argument.arguments
         ]
         return bound[0] if len(bound) == 1 else bound
 
-    def _value(self, name: str, values: Mapping[str, Any]) -> Any:
+    def _value(self, name: str, values: Mapping[str, Any], *, by_rows: bool) -> Any:
+        """A value, or a constant: decoded and kept if there is room, else as ``Rows`` where the op takes them."""
         if name in values:
             return values[name]
         if name in self._kept:
             return self._kept[name]
         if name not in self._constants:
             raise _fault(f"value {name} is used before it is computed")
-        constant = self._decode(self._constants[name])
-        size = constant.nbytes if isinstance(constant, Tensor) else 0
-        if self._kept_bytes + size <= _KEEP_BYTES:
-            self._kept[name] = constant
-            self._kept_bytes += size
-        return constant
+        operation = self._constants[name]
+        size = 4 * math.prod(_static_shape(operation.outputs[0].type.tensorType))
+        if self._kept_bytes + size > KEEP_BYTES:
+            return self._rows(operation) if by_rows else self._decode(operation)
+        self._kept[name] = self._decode(operation)
+        self._kept_bytes += size
+        return self._kept[name]
 
     def _decode(self, operation: Any) -> Any:
-        if operation.type == "const":
+        if operation.type == QUANTIZED:
+            return self._decompressed(operation, self._parts(operation), whole=True)
+        value = self._package.constant(operation.attributes["val"])
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def _rows(self, operation: Any) -> Rows:
+        """Of a constant matrix of floats or codes."""
+        if operation.type == QUANTIZED:
+            parts = self._parts(operation)
+            shape = tuple(parts["data"].shape)
+            if shape != _static_shape(operation.outputs[0].type.tensorType):
+                raise _wrong_shape(list(shape), operation.outputs[0])
+
+            def decode(which: slice | Tensor) -> Tensor:
+                some = {key: part[which] for key, part in parts.items()}
+                return self._decompressed(operation, some, whole=False)
+        else:
             value = self._package.constant(operation.attributes["val"])
-            return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-        arguments = {key: self._package.constant(a.arguments[0].value) for key, a in operation.inputs.items()}
+            shape = tuple(value.shape)
+
+            def decode(which: slice | Tensor) -> Tensor:
+                return value[which].float()
+
+        return Rows(shape=shape, decode=decode)
+
+    def _parts(self, operation: Any) -> dict[str, Tensor]:
+        """The arguments of ``decompress``, as they are stored."""
+        return {key: self._package.constant(a.arguments[0].value) for key, a in operation.inputs.items()}
+
+    def _decompressed(self, operation: Any, parts: Mapping[str, Tensor], *, whole: bool) -> Tensor:
+        declared = operation.outputs[0]
         try:
-            decoded = decompress(**arguments)
+            decoded = decompress(**parts)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise _fault(f"constant {operation.outputs[0].name} cannot be decompressed: {error}") from error
-        return self._checked(decoded, operation.outputs[0], moved=False)
+            raise _fault(f"constant {declared.name} cannot be decompressed: {error}") from error
+        return self._checked(decoded, declared, moved=False) if whole else self._rounded(decoded, declared)
 
     def _checked(self, value: Tensor, declared: Any, *, moved: bool) -> Tensor:
         """``value``, rounded as its declared type asks. Raises LoweringError where it is not of the declared shape."""
@@ -130,11 +183,13 @@ class Evaluator:
         wanted = [d.constant.size if d.WhichOneof("dimension") == "constant" else None for d in tensor_type.dimensions]
         found = list(value.shape)
         if len(found) != len(wanted) or any(w not in (None, f) for w, f in zip(wanted, found, strict=True)):
-            shape = ", ".join("?" if size is None else str(size) for size in wanted)
-            raise _fault(f"{declared.name} has shape {found}, the program declares [{shape}]")
+            raise _wrong_shape(found, declared)
         if (tensor_type.dataType in _FLOATS) != value.is_floating_point():
             raise _fault(f"{declared.name} is {value.dtype}, the program declares {MilType.Name(tensor_type.dataType)}")
-        if moved or tensor_type.dataType != MilType.FLOAT16 or self._rounding is Rounding.NONE:
+        return value if moved else self._rounded(value, declared)
+
+    def _rounded(self, value: Tensor, declared: Any) -> Tensor:
+        if declared.type.tensorType.dataType != MilType.FLOAT16 or self._rounding is Rounding.NONE:
             return value
         return value.half().float()
 
@@ -156,17 +211,21 @@ def _elementwise(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., 
     return apply
 
 
-def _linear(*, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _linear(*, x: Tensor, weight: Tensor | Rows, bias: Tensor) -> Tensor:
     if x.shape[-1] != weight.shape[1] or bias.shape != weight.shape[:1]:
         raise ValueError(f"x {list(x.shape)}, weight {list(weight.shape)} and bias {list(bias.shape)} do not fit")
+    if isinstance(weight, Rows):
+        return torch.cat([F.linear(x, block) for block in weight.blocks()], dim=-1) + bias
     return F.linear(x, weight, bias)
 
 
-def _gather(*, x: Tensor, indices: Tensor, axis: Tensor, batch_dims: Tensor, validate_indices: Tensor) -> Tensor:
+def _gather(*, x: Tensor | Rows, indices: Tensor, axis: Tensor, batch_dims: Tensor, validate_indices: Tensor) -> Tensor:
     if axis != 0 or batch_dims != 0 or validate_indices:
         raise ValueError("only whole rows are gathered")
     if indices.amin() < 0 or indices.amax() >= len(x):
         raise ValueError(f"indices {indices.amin()} to {indices.amax()} are outside of {len(x)} rows")
+    if isinstance(x, Rows):
+        return x.decode(indices.flatten()).view(*indices.shape, -1)
     return F.embedding(indices, x)
 
 
@@ -291,6 +350,14 @@ def _refuse_what_core_ml_would(package: Package) -> None:
             raise _fault(f"MIL op {_describe(operation)} mixes {found}")
 
 
+def _wrong_shape(found: list[int], declared: Any) -> LoweringError:
+    wanted = (
+        str(d.constant.size) if d.WhichOneof("dimension") == "constant" else "?"
+        for d in declared.type.tensorType.dimensions
+    )
+    return _fault(f"{declared.name} has shape {found}, the program declares [{', '.join(wanted)}]")
+
+
 def _fault(found: str) -> LoweringError:
     return LoweringError(found, hint="this is a fault of llama-export: please report it with the model's config.json")
 
@@ -323,6 +390,9 @@ OPS: dict[str, Callable[..., Any]] = {
 }
 """MIL op -> what it computes, with the parameter names of MIL; the definitions are in coremltools' ``iOS15`` to
 ``iOS18`` op modules (``coremltools.converters.mil.mil.ops.defs``)."""
+
+_BY_ROWS = {"gather": "x", "linear": "weight"}
+"""The argument that an op takes by ``Rows``, too."""
 
 _MOVES = frozenset(
     {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from targets.base import Runner, Target
 
 FILE_NAME = "model.pte"
+
+STRUCTURE_BYTES = 2 << 30
+"""Of float32 weights in one program for the structure step. Lowering holds some of them twice, and so does the runtime,
+which lays them out anew."""
 
 _LEAST_CONTEXT = 4
 """torch.export takes a length of 0 or 1 for a constant, so that a dynamic one needs room above."""
@@ -72,16 +76,28 @@ class ExecuTorchTarget:
 
         return ProgramRunner(artifact, threads=threads)
 
+    def is_slow(self, spec: ModelSpec) -> bool:
+        return False
+
+    def structure_parts(self, graph: Graph, scheme: WeightScheme) -> Sequence[Graph]:
+        from exporter.model.graph import in_slices
+
+        return in_slices(graph, limit_bytes=STRUCTURE_BYTES) if self._rounds_activations(scheme) else [graph]
+
+    def _rounds_activations(self, scheme: WeightScheme) -> bool:
+        return self.arithmetic(scheme).activations is not Activations.FLOAT
+
     @contextmanager
     def open_structure(
         self, artifact: Artifact, *, graph: Graph, store: WeightStore, plan: Plan, scratch: Path
     ) -> Iterator[Runner]:
-        """With every code as the float32 weight it stands for; an artifact without codes is its own structure."""
+        """With the codes of every linear as the float32 weight they stand for; an artifact without codes is its own
+        structure."""
         from targets.executorch.lower import Dequantized, write_program
 
-        if self.arithmetic(plan.scheme).activations is not Activations.FLOAT:
-            path = scratch / FILE_NAME
-            write_program(graph, Dequantized(store), path, context=plan.context, logits=plan.logits)
+        if self._rounds_activations(plan.scheme):
+            path, matrices = scratch / FILE_NAME, Dequantized(store)
+            write_program(graph, store, path, context=plan.context, logits=plan.logits, matrices=matrices)
             artifact = replace(artifact, path=path)
         with self.open(artifact, threads=plan.threads) as runner:
             yield runner

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -87,6 +87,12 @@ class OnnxRuntimeTarget:
         from targets.onnxruntime.runner import OnnxRuntimeRunner
 
         return OnnxRuntimeRunner(artifact, threads=threads)
+
+    def is_slow(self, spec: ModelSpec) -> bool:
+        return False
+
+    def structure_parts(self, graph: Graph, scheme: WeightScheme) -> Sequence[Graph]:
+        return [graph]
 
     def open_structure(
         self, artifact: Artifact, *, graph: Graph, store: WeightStore, plan: Plan, scratch: Path
