@@ -55,10 +55,10 @@ def test_onnx_has_few_nodes_and_reads_each_code_once(checkpoint: Path, tmp_path:
     graph = onnx.load(tmp_path / "out" / "onnxruntime" / "model.onnx", load_external_data=False).graph
     sizes = {tensor.name: _bytes(tensor) for tensor in graph.initializer}
     linears = [node for node in graph.node if node.op_type == "MatMulNBits"]
-    assert len(linears) == 7 * LAYERS + 1
-    # A layer: 7 linears, attention, 2 norms with their sums, SiLU in two and a product. Beside them the embedding, the
-    # lengths, the last position.
-    assert len(graph.node) <= 13 * LAYERS + 20
+    assert len(linears) == 5 * LAYERS + 1
+    # A layer: 5 linears (q, k and v are one), attention, 2 norms with their sums, SiLU in two and a product. Beside
+    # them the embedding, the lengths, the last position.
+    assert len(graph.node) <= 11 * LAYERS + 20
     read = sum(sizes[name] for node in linears for name in node.input if name in sizes)
     assert read == bytes_per_token("onnxruntime")
 

@@ -245,6 +245,6 @@ def _compile(outer: Outer, *, context: int, described: dict[str, Any]) -> Execut
     examples = torch.zeros(1, _EXAMPLE_LENGTH, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     length = Dim("length", max=context)
     exported = torch.export.export(outer, examples, dynamic_shapes=({1: length}, None), strict=False)
-    unchecked = EdgeCompileConfig(_check_ir_validity=False)  # of an outer module that is always of the same dozen of ops
+    unchecked = EdgeCompileConfig(_check_ir_validity=False)  # the outer module is always of the same dozen of ops
     edge: EdgeProgramManager = to_edge(exported, constant_methods=described, compile_config=unchecked)
     return edge.to_executorch()

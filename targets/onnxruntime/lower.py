@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from exporter.errors import ExportError, LoweringError
-from exporter.model.graph import Constant, Graph, Weight, cache_names
+from exporter.model.graph import Constant, Graph, Value, Weight, cache_names
 from exporter.model.rope import rope_table
 from exporter.quantized import QuantizedTensor, pack_int4
 from exporter.spec import EMBEDDING, FINAL_NORM, HEAD, SMALLEST_ABSMAX, Logits, Plan, Prefer, activation_block
 from exporter.store import WeightStore
+from targets.onnxruntime.read import JOINT
 
 OPSET = 21
 MICROSOFT = "com.microsoft"
@@ -70,6 +71,7 @@ class Emitter:
         self._attention_lengths: tuple[ir.Value, ir.Value] | None = None
         self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self._zero_points: ir.Value | None = None
+        self._packed: dict[str, tuple[Weight, ...]] = {}
 
     def build(self) -> ir.Model:
         spec, caches = self._graph.spec, cache_names(self._graph.spec.num_hidden_layers)
@@ -82,6 +84,7 @@ class Emitter:
         }
 
         self._attention_lengths = self._lengths(attention_mask)
+        self._packed = self._packed_products()
         outputs = self._graph.run(self._table(), {"ids": input_ids, **past})
 
         logits = outputs["logits"]
@@ -134,13 +137,45 @@ class Emitter:
         pairs = self._op("Concat", self._op("Unsqueeze", low, last), self._op("Unsqueeze", high, last), axis=-1)
         return self._op("Reshape", pairs, self._constant([0, 0, 0, -1]))
 
-    def _linear(self, x: ir.Value, weight: Weight) -> ir.Value:
+    def _packed_products(self) -> dict[str, tuple[Weight, ...]]:
+        """Of each weight that gives queries, keys or values: all three, where they read one value and have codes of one
+        kind. They are multiplied at once, as their rows one below the other, for ``_attention`` to take apart."""
+        products: dict[Any, tuple[Any, ...]] = {
+            Value(node.name): node.arguments for node in self._graph.nodes if node.op == "linear"
+        }
+        packed: dict[str, tuple[Weight, ...]] = {}
+        for node in self._graph.nodes:
+            if node.op != "attention" or not all(value in products for value in node.arguments[:3]):
+                continue
+            inputs, weights = zip(*(products[value] for value in node.arguments[:3]), strict=True)
+            kinds = {self._kind(weight) for weight in weights}
+            if len(set(inputs)) == 1 and len(kinds) == 1 and None not in kinds:
+                packed |= dict.fromkeys((weight.name for weight in weights), weights)
+        return packed
+
+    def _kind(self, weight: Weight) -> tuple[int, int] | None:
+        """Bits and group size of a weight that is a MatMulNBits."""
+        scheme = self._store.scheme
+        bits = scheme.precision(weight.name).bits
+        if not bits or self._multiplies_integers(weight):
+            return None
+        return bits, scheme.groups(weight.name, columns=weight.shape[1])
+
+    def _multiplies_integers(self, weight: Weight) -> bool:
+        return self._plan.prefer is Prefer.PREFILL and weight.name not in (EMBEDDING, HEAD)
+
+    def _linear(self, x: ir.Value, weight: Weight) -> ir.Value | None:
+        """Of weights that are multiplied at once, all that the first gives, and nothing of the others."""
         rows, columns = weight.shape
         if not self._store.scheme.precision(weight.name).bits:
             return self._op("FusedMatMul", x, self._to_float(self._dense(weight)), domain=MICROSOFT, transB=1)
-        if self._plan.prefer is Prefer.PREFILL and weight.name not in (EMBEDDING, HEAD):
+        if self._multiplies_integers(weight):
             return self._integer_product(x, weight)
-        codes, scales, bits, block = self._codes(weight)
+        at_once = self._packed.get(weight.name, (weight,))
+        if weight is not at_once[0]:
+            return None
+        rows = sum(one.shape[0] for one in at_once)
+        codes, scales, bits, block = self._codes(*at_once)
         return self._op(
             "MatMulNBits",
             *(x, codes, scales),
@@ -185,8 +220,8 @@ class Emitter:
     def _attention(
         self,
         q: ir.Value,
-        k: ir.Value,
-        v: ir.Value,
+        k: ir.Value | None,
+        v: ir.Value | None,
         past_k: ir.Value,
         past_v: ir.Value,
         inv_freq: Constant | None,
@@ -196,6 +231,7 @@ class Emitter:
         window: int,
         chunk: int,
     ) -> tuple[ir.Value, ...]:
+        """GroupQueryAttention takes ``q`` for all three where it gets no ``k`` and ``v``."""
         if chunk:
             raise LoweringError(
                 f"GroupQueryAttention has no chunked attention (chunk {chunk})", hint="take another target"
@@ -228,26 +264,30 @@ class Emitter:
             self._initializer(f"{inv_freq.name}.sin", FLOAT, tuple(sin.shape), lambda: sin),
         )
 
-    def _codes(self, weight: Weight) -> tuple[ir.Value, ir.Value, int, int]:
-        """Initializers of unsigned codes ``[N, K/b, b*bits/8]`` and scales ``[N, K/b]``; bits; the block size b."""
-        rows, columns = weight.shape
+    def _codes(self, *weights: Weight) -> tuple[ir.Value, ir.Value, int, int]:
+        """Of weights of one kind, one below the other: initializers of unsigned codes ``[N, K/b, b*bits/8]`` and scales
+        ``[N, K/b]``; bits; the block size b."""
+        name, rows = JOINT.join(weight.name for weight in weights), sum(weight.shape[0] for weight in weights)
+        columns = weights[0].shape[1]
         scheme = self._store.scheme
-        bits = scheme.precision(weight.name).bits
+        bits = scheme.precision(weights[0].name).bits
         assert bits is not None  # both callers have asked
-        group_size = scheme.groups(weight.name, columns=columns)
+        group_size = scheme.groups(weights[0].name, columns=columns)
         block = activation_block(columns=columns, group_size=group_size)
         blocks = columns // block
         codes = self._initializer(
-            f"{weight.name}.codes",
+            f"{name}.codes",
             ir.DataType.UINT8,
             (rows, blocks, block * bits // 8),
-            lambda: unsigned_codes(self._read(weight)).view(rows, blocks, -1),
+            lambda: torch.cat([unsigned_codes(self._read(weight)) for weight in weights]).view(rows, blocks, -1),
         )
         scales = self._initializer(
-            f"{weight.name}.scales",
+            f"{name}.scales",
             FLOAT,
             (rows, blocks),
-            lambda: self._read(weight).scales.repeat_interleave(group_size // block, dim=1),
+            lambda: torch.cat([self._read(weight).scales for weight in weights]).repeat_interleave(
+                group_size // block, dim=1
+            ),
         )
         return codes, scales, bits, block
 

@@ -15,12 +15,14 @@ from exporter.spec import Artifact
 from exporter.store import StoredWeight
 
 _CODES, _SCALES = ".codes", ".scales"
+JOINT = "+"
+"""Between the names of weights that lie one below the other."""
 
 
 def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
     """Every initializer that belongs to the model, each weight once; codes in MatMulNBits' blocks or, where they are
     multiplied as integers, by rows."""
-    tensors = _initializers(artifact.path)
+    tensors, shapes = _initializers(artifact.path), artifact.spec.weights()
     for name in tensors:
         base = name.removesuffix(_CODES)
         if base != name:
@@ -29,7 +31,12 @@ def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
                 scales = scales.unsqueeze(1)
                 yield base, QuantizedTensor(name=base, bits=8, group_size=len(codes), codes=codes.T, scales=scales)
             else:
-                yield base, _quantized(base, codes=codes, scales=scales, columns=artifact.spec.weights()[base][1])
+                names = base.split(JOINT)
+                rows = [shapes[name][0] for name in names]
+                if sum(rows) != len(codes) or sum(rows) != len(scales):
+                    raise ValueError(f"{base} has {len(codes)} rows of codes and {len(scales)} of scales, not {rows}")
+                for one, some, their_scales in zip(names, codes.split(rows), scales.split(rows), strict=True):
+                    yield one, _quantized(one, codes=some, scales=their_scales, columns=shapes[one][1])
         elif not name.endswith(_SCALES) and not name.startswith(("constant.", "inv_freq.")):
             yield name, _torch(tensors[name])
 
