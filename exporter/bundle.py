@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from exporter.chat import GOLDEN_DATE, find_format
 from exporter.checkpoint import Checkpoint
 from exporter.checkpoint.config import read_json
 from exporter.errors import InputError
@@ -39,6 +41,7 @@ from exporter.tokenizer import CHAT_TEMPLATE, FILES, Tokenizer
 
 SCHEMA = "llama-export/bundle/1"
 MANIFEST, GOLDENS, GOLDEN_LOGITS = "manifest.json", "goldens.json", "goldens.safetensors"
+CHAT_FORMAT = "chat_format.json"
 TOOLS = ("llama-export", "torch", "torchao", "executorch", "coremltools", "onnx", "onnx-ir", "onnxruntime")
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _EXPORT_AGAIN = "export the bundle again, or copy it again from where it was whole"
@@ -55,6 +58,9 @@ class Goldens:
     prompts: Sequence[Mapping[str, Any]]
     """Each with ``text``, its token ``ids``, the reference's ``greedy_ids`` and ``greedy_text``, and how clear each
     choice was: ``greedy_margins``, in logits."""
+    chats: Sequence[Mapping[str, Any]]
+    """Golden renders of the chat template: each with ``messages``, their ``text``, ready to be answered, and its
+    ``ids``."""
 
     def write(self, folder: Path) -> None:
         tensors = {
@@ -71,6 +77,7 @@ class Goldens:
                 "prefills": list(self.drive.prefills),
                 "floor_kl_nats": self.floor_kl_nats,
                 "prompts": list(self.prompts),
+                "chats": list(self.chats),
                 "weight_sha256": dict(self.weight_sha256),
             },
         )
@@ -89,13 +96,15 @@ class Goldens:
                 floor_kl_nats=content["floor_kl_nats"],
                 weight_sha256=content["weight_sha256"],
                 prompts=content["prompts"],
+                chats=content.get("chats", ()),  # bundles of version 0.1.0 have none
             )
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder}: the goldens cannot be read: {error}", hint=_EXPORT_AGAIN) from error
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Tokenizer, chat template, generation config, licence and notices of the source, as they are."""
+    """Tokenizer, chat template, generation config, licence and notices of the source, as they are; and the template as
+    a format, where it can be told as one."""
     for name in FILES:
         if (tokenizer.folder / name).exists():
             shutil.copyfile(tokenizer.folder / name, folder / name)
@@ -104,6 +113,8 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
     if tokenizer.chat_template:
         (folder / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
+        if found := find_format(partial(tokenizer.render, date=GOLDEN_DATE)):
+            write_json(folder / CHAT_FORMAT, asdict(found))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

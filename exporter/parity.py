@@ -106,22 +106,42 @@ def gate(arithmetic: Arithmetic, *, floor_kl_nats: float) -> Gate:
     return Gate(mean_kl_nats=FLOOR_MULTIPLE * floor_kl_nats, decided_top1_agreement=0.0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Structure:
+    """What the structure step has found: of a model in parts, in the part that came nearest to its bound."""
+
+    max_abs_logit_diff: float
+    allowed: float
+    positions: int
+
+
+def structure_bound(artifact: Artifact) -> float:
+    """How far the logits of the structure step may be from the reference's, for a model that is not large."""
+    return STRUCTURE_MAX_ABS_FP16_STORAGE if artifact.scheme.body is Precision.FP16 else STRUCTURE_MAX_ABS
+
+
+def structure_figures(structure: Structure | None) -> dict[str, float | int | None]:
+    return {
+        "structure_max_abs_logit_diff": structure.max_abs_logit_diff if structure else None,
+        "gate_structure_max_abs": structure.allowed if structure else None,
+        "structure_positions": structure.positions if structure else None,
+    }
+
+
 def check_parity(
     *,
     expected: Tensor,
     got: Tensor,
-    structure_max_abs: float | None,
-    structure_positions: int | None = None,
+    structure: Structure | None,
     floor_kl_nats: float,
     artifact: Artifact,
     runtime: str,
 ) -> Report:
-    """Judge the logits ``[m, V]`` of an artifact against its reference's. ``structure_max_abs`` None: not run."""
+    """Judge the logits ``[m, V]`` of an artifact against its reference's. ``structure`` None: not run."""
     figures: dict[str, Any] = {
         "runtime": runtime,
         "positions": len(expected),
-        "structure_max_abs_logit_diff": structure_max_abs,
-        "structure_positions": structure_positions,
+        **structure_figures(structure),
         "mean_kl_nats": kl_divergence(expected, got).mean().item(),
         "floor_kl_nats": floor_kl_nats,
         **_top1_figures(expected.topk(2, dim=-1), got),
@@ -135,10 +155,9 @@ def judge(figures: dict[str, Any], *, artifact: Artifact) -> Report:
     bounds = gate(artifact.arithmetic, floor_kl_nats=figures["floor_kl_nats"])
     figures = {**figures, "gate_mean_kl_nats": bounds.mean_kl_nats}
     faults = []
-    structure = figures["structure_max_abs_logit_diff"]
-    allowed = STRUCTURE_MAX_ABS_FP16_STORAGE if artifact.scheme.body is Precision.FP16 else STRUCTURE_MAX_ABS
+    structure, allowed = figures["structure_max_abs_logit_diff"], figures["gate_structure_max_abs"]
     if structure is not None and not structure <= allowed:
-        faults.append(f"structure: logits differ by {structure:.2g}, at most {allowed:.0e} was expected")
+        faults.append(f"structure: logits differ by {structure:.2g}, at most {allowed:.2g} was expected")
     if not figures["mean_kl_nats"] <= bounds.mean_kl_nats:
         faults.append(f"mean KL is {figures['mean_kl_nats']:.2g} nats, at most {bounds.mean_kl_nats:.2g} was expected")
     if not figures["decided_top1_agreement"] >= bounds.decided_top1_agreement:

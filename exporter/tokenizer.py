@@ -66,16 +66,26 @@ class Tokenizer:
 
         Raises InputError where there is no template, or where it fails.
         """
-        return self._render([{"role": "user", "content": message}], add_generation_prompt=True)
+        return self.encode_rendered(self.render([{"role": "user", "content": message}]))
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a whole conversation (``role`` and ``content`` of each message) in the model's chat template.
 
         Raises InputError where there is no template, or where it fails or refuses these messages.
         """
-        return self._render(messages, add_generation_prompt=False)
+        return self.encode_rendered(self.render(messages, answering=False))
 
-    def _render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> list[int]:
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a rendered conversation, which has its begin token in it."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return ids
+
+    def render(self, messages: Sequence[Mapping[str, str]], *, answering: bool = True, date: str | None = None) -> str:
+        """A conversation in the model's chat template; ``answering``: ready for the assistant to go on. ``date`` is
+        what a template that names the day gets, where it is not to be today's.
+
+        Raises InputError where there is no template, or where it fails or refuses these messages.
+        """
         from jinja2 import TemplateError
 
         if not self._tokenizer.chat_template:
@@ -84,8 +94,11 @@ class Tokenizer:
                 hint="copy tokenizer_config.json or chat_template.jinja into the checkpoint, or give plain text",
             )
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages),
+                add_generation_prompt=answering,
+                tokenize=False,
+                **({"date_string": date} if date else {}),
             )
         # A template is a program: beside its own refusals it may fail as any expression does.
         except (TemplateError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
@@ -93,5 +106,4 @@ class Tokenizer:
                 f"the chat template fails: {error}",
                 hint="give messages in the order and the roles that this model was trained with",
             ) from error
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        return ids
+        return text

@@ -20,7 +20,7 @@ LAYERS = (
         "exporter.files",
         "exporter.interrupt",
     ),
-    ("exporter.model", "exporter.checkpoint", "exporter.store", "exporter.tokenizer"),
+    ("exporter.model", "exporter.checkpoint", "exporter.store", "exporter.tokenizer", "exporter.chat"),
     ("calibration",),
     ("targets",),
     ("exporter.codes", "exporter.parity", "exporter.quality", "exporter.latency", "exporter.bundle", "exporter.prove"),

@@ -15,7 +15,7 @@ from calibration.rtn import round_to_nearest
 from exporter.codes import check_codes, digest
 from exporter.metrics import bootstrap_interval, kl_divergence, negative_log_likelihood, perplexity, top1_agreement
 from exporter.model.reference import round_activations
-from exporter.parity import Drive, GoldenLogits, check_parity, drive_for, gate
+from exporter.parity import Drive, GoldenLogits, Structure, check_parity, drive_for, gate, structure_bound
 from exporter.quality import evaluation_windows
 from exporter.quantized import QuantizedTensor
 from exporter.spec import (
@@ -117,13 +117,13 @@ def artifact_of(precision: str, *, compute: str = "fp32") -> Artifact:
 def test_each_gate_of_parity_fails_on_its_own(
     precision: str, compute: str, structure: float, noise: float, verdict: str, says: str
 ) -> None:
-    expected = logits(3, rows=40)
+    expected, artifact = logits(3, rows=40), artifact_of(precision, compute=compute)
     report = check_parity(
         expected=expected,
         got=expected + noise * logits(4, rows=40),
-        structure_max_abs=structure,
+        structure=Structure(max_abs_logit_diff=structure, allowed=structure_bound(artifact), positions=40),
         floor_kl_nats=1e-6,
-        artifact=artifact_of(precision, compute=compute),
+        artifact=artifact,
         runtime="none",
     )
     assert report.verdict == verdict
@@ -138,7 +138,7 @@ def test_a_choice_that_was_clear_and_is_lost_fails_where_the_target_computes_in_
     report = check_parity(
         expected=expected,
         got=got,
-        structure_max_abs=0.0,
+        structure=None,
         floor_kl_nats=1e-6,
         artifact=artifact_of("int4", compute="fp16"),
         runtime="none",

@@ -347,15 +347,33 @@ def test_structure_in_slices_passes(sliced: Case) -> None:
 @pytest.mark.toolchain
 @pytest.mark.parametrize("layer", [0, 1, 2, None])
 def test_a_wrong_epsilon_in_one_layer_is_seen_in_its_slice(sliced: Case, layer: int | None) -> None:
+    report = sliced.structure(graph=with_epsilon(sliced.graph, layer=layer, eps=3e-4))
+    assert report.verdict is Verdict.FAILED
+    assert report.reason.startswith("structure")
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("eps", [None, 3e-4])
+def test_a_large_model_is_bound_by_its_floor_where_that_is_more(
+    sliced: Case, monkeypatch: pytest.MonkeyPatch, eps: float | None
+) -> None:
+    import exporter.parity
+
+    monkeypatch.setattr(exporter.parity, "STRUCTURE_MAX_ABS", 1e-9)
+    assert sliced.structure().verdict is Verdict.FAILED  # it is small
+    monkeypatch.setattr(exporter.spec, "LARGE_PARAMETERS", 1000)
+    report = sliced.structure(graph=with_epsilon(sliced.graph, layer=1, eps=eps) if eps else None)
+    assert report.verdict is (Verdict.FAILED if eps else Verdict.PASSED)
+    assert 1e-7 < report.figures["gate_structure_max_abs"] < 1e-3
+
+
+def with_epsilon(graph: Graph, *, layer: int | None, eps: float) -> Graph:
     def wrong(node: Node) -> Node:
         if node.op != "rms_norm" or node.layer != layer:
             return node
-        return dataclasses.replace(node, arguments=(*node.arguments[:-1], 3e-4))
+        return dataclasses.replace(node, arguments=(*node.arguments[:-1], eps))
 
-    graph = dataclasses.replace(sliced.graph, nodes=tuple(map(wrong, sliced.graph.nodes)))
-    report = sliced.structure(graph=graph)
-    assert report.verdict is Verdict.FAILED
-    assert report.reason.startswith("structure")
+    return dataclasses.replace(graph, nodes=tuple(map(wrong, graph.nodes)))
 
 
 class Swapped:
