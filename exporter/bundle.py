@@ -269,4 +269,9 @@ def _artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
 
 
 def write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(as_bytes(content))
+
+
+def as_bytes(content: object) -> bytes:
+    """JSON as every file of a bundle has it: the same content gives the same bytes."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

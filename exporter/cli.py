@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +11,9 @@ import typer
 from typer.core import TyperGroup
 
 from exporter import interrupt
-from exporter.errors import INTERRUPTED, ExportError, InputError, UsageError, gravest
+from exporter.cli_bundle import JsonOption, ThreadsOption, add_bundle_commands
+from exporter.errors import UsageError, gravest
+from exporter.reporting import reporting
 from exporter.spec import (
     EMBEDDING,
     GROUP_SIZES,
@@ -89,7 +89,6 @@ CheckpointArgument = Annotated[
     Path | None,
     typer.Argument(help="Folder in Hugging Face layout. Default: the bundled trained model.", show_default=False),
 ]
-ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="Threads a runtime may use while it is measured.")]
 StoreOption = Annotated[
     Path | None,
     typer.Option("--store", help="Where quantized weights are kept and found again.", show_default="user cache"),
@@ -122,7 +121,6 @@ ColumnOption = Annotated[
         rich_help_panel=CALIBRATION,
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of a table.")]
 
 
 @app.command()
@@ -255,7 +253,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Export a checkpoint for one or more targets, and prove each artifact against the model."""
-    with _reporting() as progress:
+    with reporting() as progress:
         from exporter.checkpoint import BUNDLED_MODEL
         from exporter.checkpoint.config import read_spec
         from exporter.pipeline import export as run
@@ -311,7 +309,7 @@ def validate(
     as_json: JsonOption = False,
 ) -> None:
     """Prove a bundle again, from its own goldens alone or against its checkpoint."""
-    with _reporting() as progress:
+    with reporting() as progress:
         from exporter.pipeline import validate as run
 
         outcome = run(
@@ -334,7 +332,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a checkpoint is, from its headers, or a bundle, after checking every byte of it."""
-    with _reporting():
+    with reporting():
         from exporter.bundle import MANIFEST, open_bundle
         from exporter.checkpoint import BUNDLED_MODEL, open_checkpoint
         from exporter.report import checkpoint_facts
@@ -347,7 +345,7 @@ def inspect(
 @app.command(name="targets")
 def list_targets(*, as_json: JsonOption = False) -> None:
     """List the targets, what each writes, and what executes it on this host."""
-    with _reporting():
+    with reporting():
         import targets
         from exporter.report import target_facts
 
@@ -358,6 +356,9 @@ def list_targets(*, as_json: JsonOption = False) -> None:
         from exporter.report import print_targets
 
         print_targets(facts)
+
+
+add_bundle_commands(app)
 
 
 def main() -> None:
@@ -524,35 +525,6 @@ def _one_of(option: str, value: str, known: list[str]) -> str:
     if value not in known:
         raise UsageError(f"{option} {value} is unknown; known: {', '.join(known)}", hint=f"choose one with {option}")
     return value
-
-
-@contextmanager
-def _reporting() -> Iterator[Any]:
-    """Progress on stderr while the block runs; every error becomes a sentence, a hint and an exit code."""
-    from exporter.progress import TerminalProgress
-
-    try:
-        try:
-            with TerminalProgress() as progress:
-                yield progress
-        except Exception:
-            interrupt.check()  # it may be what native code made of one
-            raise
-    except ExportError as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: nothing half written was left behind", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except OSError as error:
-        from exporter.files import disk_full
-
-        found = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-        _fail(disk_full(error) or InputError(found, hint="check the path and its permissions"))
-
-
-def _fail(error: ExportError) -> None:
-    typer.echo(f"error: {error}\nhint: {error.hint}", err=True)
-    raise typer.Exit(error.exit_code) from None
 
 
 def _print_outcomes(outcomes: list[Outcome], *, as_json: bool) -> None:

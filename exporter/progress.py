@@ -37,6 +37,11 @@ class TerminalProgress:
     def note(self, text: str) -> None:
         self._console.print(text, style="dim", highlight=False, soft_wrap=True)
 
+    def silence(self) -> None:
+        """No bars from now on: the command itself writes to the terminal."""
+        self._finish()
+        self._bars.stop()
+
     def _finish(self) -> None:
         if self._task is not None:
             self._bars.update(self._task, total=1, completed=1)

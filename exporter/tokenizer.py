@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,13 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def stream(self) -> Callable[[int], str]:
+        """Takes token after token, and gives the text that each adds: none, while a character is not whole."""
+        from tokenizers.decoders import DecodeStream
+
+        decoder, tokenizer = DecodeStream(skip_special_tokens=True), self._tokenizer.backend_tokenizer
+        return lambda token: decoder.step(tokenizer, token) or ""
 
     @property
     def chat_template(self) -> str | None:

@@ -24,8 +24,17 @@ LAYERS = (
     ("calibration",),
     ("targets",),
     ("exporter.codes", "exporter.parity", "exporter.quality", "exporter.latency", "exporter.bundle", "exporter.prove"),
-    ("exporter.pipeline", "exporter.texts", "exporter.report", "exporter.progress"),
-    ("exporter.cli", "exporter.optimum_command"),
+    (
+        "exporter.pipeline",
+        "exporter.texts",
+        "exporter.report",
+        "exporter.progress",
+        "exporter.generation",
+        "exporter.measure",
+        "exporter.packing",
+        "exporter.device",
+    ),
+    ("exporter.cli", "exporter.cli_bundle", "exporter.reporting", "exporter.optimum_command"),
 )
 """From the bottom up. A module may import from its own layer and from those below it."""
 TOOLCHAINS = {"executorch": "executorch", "torchao": "executorch", "onnxruntime": "onnxruntime", "onnx": "onnxruntime"}

@@ -23,7 +23,8 @@ DATED = """{% if messages[0].role == 'system' %}{% set system = messages[0].cont
 {%- if answering %}<|start|>assistant<|end|>\n\n{% endif %}"""
 """Llama 3.1 and later: a system message even where none is given."""
 
-INSTRUCTIONS = """{% if messages[0].role == 'system' %}{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}
+INSTRUCTIONS = """{% if messages[0].role == 'system' %}
+{%- set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}
 {%- set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}
 {%- for m in messages %}{% if m.role == 'user' %}{{ bos }}[INST] {% if loop.first %}{{ system }}{% endif %}
 {{- m.content | trim }} [/INST]{% else %} {{ m.content | trim }} {{ eos }}{% endif %}{% endfor %}"""
