@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,32 +11,16 @@ from typer.core import TyperGroup
 
 from exporter import interrupt
 from exporter.cli_bundle import JsonOption, ThreadsOption, add_bundle_commands
-from exporter.errors import UsageError, gravest
+from exporter.errors import gravest
 from exporter.reporting import reporting
 from exporter.spec import (
-    EMBEDDING,
-    GROUP_SIZES,
-    HEAD,
-    PER_ROW,
-    Logits,
     Method,
-    ModelSpec,
-    Plan,
-    Precision,
     Prefer,
-    Recipe,
-    Rule,
-    Sampling,
-    WeightScheme,
 )
 
 if TYPE_CHECKING:
     from exporter.pipeline import Outcome
-
-DEFAULT_CONTEXT = 2048
-DEFAULT_WINDOW_LENGTH = 512
-NO_CALIBRATION = "none"
-DEFAULT_OUT = Path("llama-export-out")
+    from exporter.planning import Choices
 
 
 class DefaultsToExport(TyperGroup):
@@ -77,12 +60,6 @@ def root(
     ] = False,
 ) -> None:
     pass
-
-
-def _default_store() -> Path:
-    import platformdirs
-
-    return platformdirs.user_cache_path("llama-export")
 
 
 CheckpointArgument = Annotated[
@@ -128,8 +105,11 @@ def export(
     checkpoint: CheckpointArgument = None,
     *,
     target: Annotated[
-        str, typer.Option("--target", "-t", help="executorch, onnxruntime, coreml, a comma list, or all.")
-    ],
+        str | None, typer.Option("--target", "-t", help="executorch, onnxruntime, coreml, a comma list, or all.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="A TOML file of options; those given here come before its own.")
+    ] = None,
     precision: Annotated[
         str | None,
         typer.Option(
@@ -140,13 +120,14 @@ def export(
         ),
     ] = None,
     prefer: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--prefer",
             help="quality; prefill: prompts are read several times faster, int8 by int8 (onnxruntime); decode: int4 in "
             "the widest groups that fit, up to 128.",
+            show_default="quality",
         ),
-    ] = "quality",
+    ] = None,
     head: Annotated[
         str | None,
         typer.Option(
@@ -196,8 +177,11 @@ def export(
             show_default="2048, or the model's own if less",
         ),
     ] = None,
-    logits: Annotated[str, typer.Option("--logits", help="Positions the head answers for: last or all.")] = "last",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the bundles.")] = DEFAULT_OUT,
+    logits: Annotated[
+        str | None,
+        typer.Option("--logits", help="Positions the head answers for: last or all.", show_default="last"),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the bundles.")] = Path("llama-export-out"),
     store: StoreOption = None,
     corpus: CorpusOption = None,
     column: ColumnOption = None,
@@ -249,48 +233,51 @@ def export(
         ),
     ] = None,
     eval_text: EvalTextOption = None,
-    threads: ThreadsOption = 2,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", min=1, help="Threads a runtime may use while it is measured.", show_default="2"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Export a checkpoint for one or more targets, and prove each artifact against the model."""
     with reporting() as progress:
         from exporter.checkpoint import BUNDLED_MODEL
-        from exporter.checkpoint.config import read_spec
         from exporter.pipeline import export as run
+        from exporter.planning import plan
+        from exporter.recipe import asked_for, read_recipe
 
         if checkpoint is None:
             checkpoint = BUNDLED_MODEL
             progress.note("no checkpoint named: taking the bundled model, tiny-llama")
-        _refuse_two_budgets(budget_mb=budget_mb, max_kl=max_kl, calibrated=corpus != NO_CALIBRATION and method != "rtn")
-        spec = read_spec(checkpoint)
-        preferred = Prefer(_one_of("--prefer", prefer, list(Prefer)))
-        body = _body(precision, prefer=preferred)
-        scheme = _scheme(body=body, head=head, group_size=group_size or "32", rules=rules or [], spec=spec)
-        if preferred is Prefer.DECODE:
-            scheme = _widened(scheme, asked=group_size, spec=spec)
-            progress.note(f"--prefer decode: int4 in groups of {scheme.group_size or 'a row'}")
-        sampling = _given(windows=windows, window_length=window_length, seed=seed)
-        tuning = _given(act_order=act_order, damping=damping)
-        longest = min(DEFAULT_WINDOW_LENGTH, spec.max_position_embeddings)
-        plan = Plan(
-            checkpoint=checkpoint,
-            targets=_targets(target),
-            scheme=scheme,
-            recipe=_recipe(scheme, corpus=corpus, method=method, sampling=sampling, tuning=tuning),
-            corpus=None if corpus == NO_CALIBRATION else corpus,
-            corpus_column=column,
-            budget_bytes=None if budget_mb is None else round(budget_mb * 1e6),
-            max_kl_nats=max_kl,
-            sampling=Sampling(**{"window_length": longest, **sampling}),
-            context=context or min(DEFAULT_CONTEXT, spec.max_position_embeddings),
-            logits=Logits(_one_of("--logits", logits, [kind.value for kind in Logits])),
-            prefer=preferred,
-            out=out,
-            store=store or _default_store(),
-            evaluation_text=eval_text,
-            threads=threads,
-        )
-        outcomes = run(plan, progress)
+        choices: Choices = {
+            **(read_recipe(recipe) if recipe else {}),
+            **asked_for(
+                target=target,
+                precision=precision,
+                prefer=prefer,
+                head=head,
+                group_size=group_size,
+                rule=rules or None,
+                budget_mb=budget_mb,
+                max_kl=max_kl,
+                context=context,
+                logits=logits,
+                calibration=corpus,
+                calibration_column=column,
+                method=method,
+                windows=windows,
+                window_length=window_length,
+                seed=seed,
+                act_order=act_order,
+                damping=damping,
+                eval_text=str(eval_text) if eval_text else None,
+                threads=threads,
+            ),
+        }
+        made = plan(checkpoint, out=out, store=store, **choices)
+        if made.prefer is Prefer.DECODE:
+            progress.note(f"--prefer decode: int4 in groups of {made.scheme.group_size or 'a row'}")
+        outcomes = run(made, progress)
     _print_outcomes(outcomes, as_json=as_json)
 
 
@@ -311,13 +298,14 @@ def validate(
     """Prove a bundle again, from its own goldens alone or against its checkpoint."""
     with reporting() as progress:
         from exporter.pipeline import validate as run
+        from exporter.planning import default_store
 
         outcome = run(
             bundle,
             against=against,
             corpus=corpus,
             corpus_column=column,
-            store_root=store or _default_store(),
+            store_root=store or default_store(),
             evaluation_text=eval_text,
             threads=threads,
             progress=progress,
@@ -365,166 +353,6 @@ def main() -> None:
     """The console script."""
     interrupt.listen()
     app()
-
-
-def _targets(words: str) -> tuple[str, ...]:
-    import targets
-
-    names = tuple(dict.fromkeys(word.strip() for word in words.split(",")))
-    if "all" in names:
-        return targets.NAMES
-    for name in names:
-        targets.check_known(name)
-    return names
-
-
-def _body(precision: str | None, *, prefer: Prefer) -> Precision:
-    """The precision of the body, by what was asked for."""
-    if precision is None:
-        return Precision.INT8 if prefer is Prefer.PREFILL else Precision.INT4
-    body = Precision(_one_of("--precision", precision, [kind.value for kind in Precision]))
-    if prefer is Prefer.PREFILL and body is not Precision.INT8:
-        raise UsageError(
-            f"--prefer prefill multiplies int8 by int8, --precision is {body}",
-            hint="leave --precision out, which then means int8, or leave --prefer out",
-        )
-    if prefer is Prefer.DECODE and body is not Precision.INT4:
-        raise UsageError(
-            f"--prefer decode widens the groups of int4, --precision is {body}", hint="leave one of them out"
-        )
-    return body
-
-
-def _widened(scheme: WeightScheme, *, asked: str | None, spec: ModelSpec) -> WeightScheme:
-    """The scheme in the widest int4 groups that divide every row; ``asked`` is what ``--group-size`` said."""
-    if asked == "row":
-        return scheme
-    shapes = spec.weights().items()
-    rows = {shape[1] for name, shape in shapes if len(shape) == 2 and scheme.precision(name) is Precision.INT4}
-    wide = [size for size in GROUP_SIZES[1:] if all(columns % size == 0 for columns in rows)]
-    if not wide:
-        raise UsageError(
-            f"--prefer decode wants int4 groups of {' or '.join(map(str, GROUP_SIZES[1:]))}, "
-            f"rows of {', '.join(map(str, sorted(rows)))} columns have none in common",
-            hint="leave it out, or take --group-size row",
-        )
-    if asked and scheme.group_size < max(wide):
-        raise UsageError(
-            f"--prefer decode takes int4 groups of {max(wide)}, --group-size is {asked}", hint="leave one of them out"
-        )
-    return scheme if asked else replace(scheme, group_size=max(wide))
-
-
-def _scheme(*, body: Precision, head: str | None, group_size: str, rules: list[str], spec: ModelSpec) -> WeightScheme:
-    sizes = {**{str(size): size for size in GROUP_SIZES}, "row": PER_ROW}
-    if group_size not in sizes:
-        raise UsageError(
-            f"--group-size {group_size} is unknown; known: {', '.join(sizes)}",
-            hint="32 loses least, row is smallest",
-        )
-    ends = Precision.INT8 if body.bits else body
-    if (head or rules) and not body.bits:
-        option = f"--head {head}" if head else f"--rule {rules[0]!r}"
-        raise UsageError(f"{option} goes with int8 and int4, not with --precision {body}", hint="leave it out")
-    chosen = Precision(_one_of("--head", head, ["int8", "int4"])) if head else ends
-    return WeightScheme(
-        body=body,
-        embedding=chosen if spec.tie_word_embeddings else ends,
-        head=chosen,
-        group_size=sizes[group_size],
-        rules=tuple(_rule(rule, spec=spec) for rule in rules),
-    )
-
-
-def _rule(words: str, *, spec: ModelSpec) -> Rule:
-    pattern, equals, precision = (part.strip() for part in words.partition("="))
-    if not (pattern and equals and precision):
-        raise UsageError(
-            f"--rule {words!r} is not of the form 'pattern = precision'",
-            hint="for instance --rule 'layers.0.mlp.down_proj = int8'",
-        )
-    rule = Rule(pattern=pattern, precision=Precision(_one_of("--rule ... =", precision, ["int8", "int4"])))
-    matrices = [name for name, shape in spec.weights().items() if len(shape) == 2 and name not in (EMBEDDING, HEAD)]
-    if not any(rule.matches(name) for name in matrices):
-        names = [name.removeprefix("model.").removesuffix(".weight") for name in matrices]
-        raise UsageError(
-            f"--rule {words!r} matches no matrix of the {len(names)} between embedding and head",
-            hint=f"they are called {names[0]} to {names[-1]}; --head sets head and tied embedding",
-        )
-    return rule
-
-
-def _recipe(
-    scheme: WeightScheme,
-    *,
-    corpus: str | None,
-    method: str | None,
-    sampling: dict[str, int],
-    tuning: dict[str, Any],
-) -> Recipe:
-    """How codes are chosen, by what was asked for; whatever could have no effect is refused."""
-    chosen = Method(_one_of("--method", method, list(Method))) if method else None
-    given = {
-        "--calibration": None if corpus == NO_CALIBRATION else corpus,
-        "--method": method,
-        **_options(sampling),
-        **_options(tuning),
-    }
-    asked = [option for option, value in given.items() if value is not None]
-    if not scheme.body.bits:
-        if asked:
-            raise UsageError(
-                f"{asked[0]} goes with int8 and int4, not with --precision {scheme.body}", hint="leave it out"
-            )
-        return Recipe(method=Method.ROUND)
-    if corpus == NO_CALIBRATION:
-        chosen = chosen or Method.ROUND
-    chosen = chosen or Method.AWQ_GPTQ
-    if corpus == NO_CALIBRATION and chosen.needs_text:
-        raise UsageError(f"--method {chosen} needs text, --calibration is none", hint="leave one of them out")
-    idle = [*(["--calibration"] if corpus != NO_CALIBRATION else []), *_options(sampling)]
-    idle = [option for option in idle if option in asked]
-    if not chosen.needs_text and idle:
-        raise UsageError(f"{idle[0]} names text, which --method {chosen} does not use", hint="leave one of them out")
-    if tuning and not chosen.compensates:
-        raise UsageError(
-            f"{next(iter(_options(tuning)))} is an option of GPTQ, --method {chosen} has none",
-            hint="leave it out, or take --method gptq or awq-gptq",
-        )
-    if chosen is Method.SMOOTH and scheme.body is not Precision.INT8:
-        raise UsageError(
-            f"--method {chosen} makes room for int8 activations in int8 weights, not in {scheme.body}",
-            hint="take --precision int8, or another method",
-        )
-    return Recipe(method=chosen, **tuning)
-
-
-def _refuse_two_budgets(*, budget_mb: float | None, max_kl: float | None, calibrated: bool) -> None:
-    given = _options(_given(budget_mb=budget_mb, max_kl=max_kl))
-    for option, value in given.items():
-        if not value:
-            raise UsageError(f"{option} is {value:g}, a number above 0 was expected", hint="leave it out, or raise it")
-    if len(given) == 2:
-        raise UsageError("--budget-mb and --max-kl pull two ways", hint="leave one of them out")
-    if given and not calibrated:
-        raise UsageError(
-            f"{next(iter(given))} is met by what is measured on text, and nothing is to be calibrated",
-            hint="leave it out, or take another --method or --calibration",
-        )
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _options(values: dict[str, Any]) -> dict[str, Any]:
-    return {f"--{name.replace('_', '-')}": value for name, value in values.items()}
-
-
-def _one_of(option: str, value: str, known: list[str]) -> str:
-    if value not in known:
-        raise UsageError(f"{option} {value} is unknown; known: {', '.join(known)}", hint=f"choose one with {option}")
-    return value
 
 
 def _print_outcomes(outcomes: list[Outcome], *, as_json: bool) -> None:

@@ -42,6 +42,7 @@ from exporter.prove import (
     prove_parity_by_goldens,
 )
 from exporter.quality import MEAN_KL_NATS, evaluation_windows, measure_quality
+from exporter.recipe import write_recipe
 from exporter.spec import (
     GROUP_SIZES,
     Artifact,
@@ -197,6 +198,7 @@ def _make_bundle(
     progress.stage(f"{target.name}: lowering")
     artifact = target.lower(graph, store, plan, folder)
     copy_tokenizer(material.tokenizer, folder)
+    write_recipe(folder, plan, target=target.name)
 
     progress.stage(f"{target.name}: reference")
     steps = drive_for(material.texts.evaluation, context=plan.context)

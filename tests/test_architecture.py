@@ -26,6 +26,8 @@ LAYERS = (
     ("exporter.codes", "exporter.parity", "exporter.quality", "exporter.latency", "exporter.bundle", "exporter.prove"),
     (
         "exporter.pipeline",
+        "exporter.planning",
+        "exporter.recipe",
         "exporter.texts",
         "exporter.report",
         "exporter.progress",

@@ -1,0 +1,316 @@
+"""What was asked for, in the words of the command line, a recipe file or a call -> a Plan, or what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from exporter.checkpoint.config import read_spec
+from exporter.errors import UsageError
+from exporter.spec import (
+    EMBEDDING,
+    GROUP_SIZES,
+    HEAD,
+    PER_ROW,
+    Logits,
+    Method,
+    ModelSpec,
+    Plan,
+    Precision,
+    Prefer,
+    Recipe,
+    Rule,
+    Sampling,
+    WeightScheme,
+)
+
+DEFAULT_CONTEXT = 2048
+DEFAULT_WINDOW_LENGTH = 512
+DEFAULT_THREADS = 2
+DEFAULT_OUT = Path("llama-export-out")
+NO_CALIBRATION = "none"
+
+
+class Choices(TypedDict, total=False):
+    """What one may ask of an export; what is left out is decided here. Each is an option of the command line, which
+    tells more of it, and a key of a recipe file (with hyphens)."""
+
+    target: str
+    """Names with commas between, or all."""
+    precision: str
+    prefer: str
+    head: str
+    group_size: str
+    rule: list[str]
+    budget_mb: float
+    max_kl: float
+    context: int
+    logits: str
+    calibration: str
+    calibration_column: str
+    method: str
+    windows: int
+    window_length: int
+    seed: int
+    act_order: bool
+    damping: float
+    eval_text: str
+    threads: int
+
+
+def plan(
+    checkpoint: Path | str,
+    *,
+    out: Path | str = DEFAULT_OUT,
+    store: Path | str | None = None,
+    **choices: Unpack[Choices],
+) -> Plan:
+    """A run as asked for, with all defaults filled in. Reads the checkpoint's config and no weight.
+
+    ``out``: folder for the bundles; ``store``: where quantized weights are kept, by default in the user's cache.
+    Raises UsageError for choices that cannot be carried out, InputError for a checkpoint that is none.
+    """
+    if "target" not in choices:
+        raise UsageError("no target was named", hint="say --target executorch, onnxruntime, coreml or all")
+    corpus, method = choices.get("calibration"), choices.get("method")
+    _refuse_two_budgets(choices, calibrated=corpus != NO_CALIBRATION and method != "rtn")
+    spec = read_spec(Path(checkpoint))
+    prefer = Prefer(_one_of("--prefer", choices.get("prefer", Prefer.QUALITY), list(Prefer)))
+    body = _body(choices.get("precision"), prefer=prefer)
+    asked = choices.get("group_size")
+    scheme = _scheme(
+        body=body, head=choices.get("head"), group_size=asked or "32", rules=choices.get("rule", []), spec=spec
+    )
+    if prefer is Prefer.DECODE:
+        scheme = _widened(scheme, asked=asked, spec=spec)
+    sampling = _only(choices, "windows", "window_length", "seed")
+    longest = min(DEFAULT_WINDOW_LENGTH, spec.max_position_embeddings)
+    budget_mb, text = choices.get("budget_mb"), choices.get("eval_text")
+    return Plan(
+        checkpoint=Path(checkpoint),
+        targets=_targets(choices["target"]),
+        scheme=scheme,
+        recipe=_recipe(
+            scheme, corpus=corpus, method=method, sampling=sampling, tuning=_only(choices, "act_order", "damping")
+        ),
+        corpus=None if corpus == NO_CALIBRATION else corpus,
+        corpus_column=choices.get("calibration_column"),
+        budget_bytes=None if budget_mb is None else round(budget_mb * 1e6),
+        max_kl_nats=choices.get("max_kl"),
+        sampling=Sampling(**{"window_length": longest, **sampling}),
+        context=choices.get("context") or min(DEFAULT_CONTEXT, spec.max_position_embeddings),
+        logits=Logits(_one_of("--logits", choices.get("logits", Logits.LAST), list(Logits))),
+        prefer=prefer,
+        out=Path(out),
+        store=Path(store) if store else default_store(),
+        evaluation_text=Path(text) if text else None,
+        threads=choices.get("threads", DEFAULT_THREADS),
+    )
+
+
+def choices_of(plan: Plan) -> Choices:
+    """The choices that give this plan again, every default among them, but where it reads and writes."""
+    scheme, recipe = plan.scheme, plan.recipe
+    chosen: Choices = {
+        "target": ",".join(plan.targets),
+        "precision": scheme.body.value,
+        "prefer": plan.prefer.value,
+        "context": plan.context,
+        "logits": plan.logits.value,
+        "threads": plan.threads,
+    }
+    if scheme.body.bits:
+        chosen |= {
+            "head": scheme.head.value,
+            "group_size": str(scheme.group_size or "row"),
+            "method": recipe.method.value,
+            "rule": [f"{rule.pattern} = {rule.precision.value}" for rule in scheme.rules],
+        }
+        if recipe.method.needs_text:
+            sampling = plan.sampling
+            chosen |= {"windows": sampling.windows, "window_length": sampling.window_length, "seed": sampling.seed}
+        else:
+            chosen["calibration"] = NO_CALIBRATION
+        if recipe.method.compensates:
+            chosen |= {"act_order": recipe.act_order, "damping": recipe.damping}
+    if plan.corpus is not None:
+        chosen["calibration"] = plan.corpus
+    if plan.corpus_column is not None:
+        chosen["calibration_column"] = plan.corpus_column
+    if plan.budget_bytes is not None:
+        chosen["budget_mb"] = plan.budget_bytes / 1e6
+    if plan.max_kl_nats is not None:
+        chosen["max_kl"] = plan.max_kl_nats
+    if plan.evaluation_text is not None:
+        chosen["eval_text"] = str(plan.evaluation_text)
+    return chosen
+
+
+def default_store() -> Path:
+    import platformdirs
+
+    return platformdirs.user_cache_path("llama-export")
+
+
+def _targets(words: str) -> tuple[str, ...]:
+    import targets
+
+    names = tuple(dict.fromkeys(word.strip() for word in words.split(",")))
+    if "all" in names:
+        return targets.NAMES
+    for name in names:
+        targets.check_known(name)
+    return names
+
+
+def _body(precision: str | None, *, prefer: Prefer) -> Precision:
+    """The precision of the body, by what was asked for."""
+    if precision is None:
+        return Precision.INT8 if prefer is Prefer.PREFILL else Precision.INT4
+    body = Precision(_one_of("--precision", precision, [kind.value for kind in Precision]))
+    if prefer is Prefer.PREFILL and body is not Precision.INT8:
+        raise UsageError(
+            f"--prefer prefill multiplies int8 by int8, --precision is {body}",
+            hint="leave --precision out, which then means int8, or leave --prefer out",
+        )
+    if prefer is Prefer.DECODE and body is not Precision.INT4:
+        raise UsageError(
+            f"--prefer decode widens the groups of int4, --precision is {body}", hint="leave one of them out"
+        )
+    return body
+
+
+def _widened(scheme: WeightScheme, *, asked: str | None, spec: ModelSpec) -> WeightScheme:
+    """The scheme in the widest int4 groups that divide every row; ``asked`` is what ``--group-size`` said."""
+    if asked == "row":
+        return scheme
+    shapes = spec.weights().items()
+    rows = {shape[1] for name, shape in shapes if len(shape) == 2 and scheme.precision(name) is Precision.INT4}
+    wide = [size for size in GROUP_SIZES[1:] if all(columns % size == 0 for columns in rows)]
+    if not wide:
+        raise UsageError(
+            f"--prefer decode wants int4 groups of {' or '.join(map(str, GROUP_SIZES[1:]))}, "
+            f"rows of {', '.join(map(str, sorted(rows)))} columns have none in common",
+            hint="leave it out, or take --group-size row",
+        )
+    if asked and scheme.group_size < max(wide):
+        raise UsageError(
+            f"--prefer decode takes int4 groups of {max(wide)}, --group-size is {asked}", hint="leave one of them out"
+        )
+    return scheme if asked else replace(scheme, group_size=max(wide))
+
+
+def _scheme(
+    *, body: Precision, head: str | None, group_size: str, rules: Sequence[str], spec: ModelSpec
+) -> WeightScheme:
+    sizes = {**{str(size): size for size in GROUP_SIZES}, "row": PER_ROW}
+    if group_size not in sizes:
+        raise UsageError(
+            f"--group-size {group_size} is unknown; known: {', '.join(sizes)}",
+            hint="32 loses least, row is smallest",
+        )
+    ends = Precision.INT8 if body.bits else body
+    if (head or rules) and not body.bits:
+        option = f"--head {head}" if head else f"--rule {rules[0]!r}"
+        raise UsageError(f"{option} goes with int8 and int4, not with --precision {body}", hint="leave it out")
+    chosen = Precision(_one_of("--head", head, ["int8", "int4"])) if head else ends
+    return WeightScheme(
+        body=body,
+        embedding=chosen if spec.tie_word_embeddings else ends,
+        head=chosen,
+        group_size=sizes[group_size],
+        rules=tuple(_rule(rule, spec=spec) for rule in rules),
+    )
+
+
+def _rule(words: str, *, spec: ModelSpec) -> Rule:
+    pattern, equals, precision = (part.strip() for part in words.partition("="))
+    if not (pattern and equals and precision):
+        raise UsageError(
+            f"--rule {words!r} is not of the form 'pattern = precision'",
+            hint="for instance --rule 'layers.0.mlp.down_proj = int8'",
+        )
+    rule = Rule(pattern=pattern, precision=Precision(_one_of("--rule ... =", precision, ["int8", "int4"])))
+    matrices = [name for name, shape in spec.weights().items() if len(shape) == 2 and name not in (EMBEDDING, HEAD)]
+    if not any(rule.matches(name) for name in matrices):
+        names = [name.removeprefix("model.").removesuffix(".weight") for name in matrices]
+        raise UsageError(
+            f"--rule {words!r} matches no matrix of the {len(names)} between embedding and head",
+            hint=f"they are called {names[0]} to {names[-1]}; --head sets head and tied embedding",
+        )
+    return rule
+
+
+def _recipe(
+    scheme: WeightScheme,
+    *,
+    corpus: str | None,
+    method: str | None,
+    sampling: dict[str, int],
+    tuning: dict[str, Any],
+) -> Recipe:
+    """How codes are chosen, by what was asked for; whatever could have no effect is refused."""
+    chosen = Method(_one_of("--method", method, list(Method))) if method else None
+    given = {
+        "--calibration": None if corpus == NO_CALIBRATION else corpus,
+        "--method": method,
+        **_options(sampling),
+        **_options(tuning),
+    }
+    asked = [option for option, value in given.items() if value is not None]
+    if not scheme.body.bits:
+        if asked:
+            raise UsageError(
+                f"{asked[0]} goes with int8 and int4, not with --precision {scheme.body}", hint="leave it out"
+            )
+        return Recipe(method=Method.ROUND)
+    if corpus == NO_CALIBRATION:
+        chosen = chosen or Method.ROUND
+    chosen = chosen or Method.AWQ_GPTQ
+    if corpus == NO_CALIBRATION and chosen.needs_text:
+        raise UsageError(f"--method {chosen} needs text, --calibration is none", hint="leave one of them out")
+    idle = [*(["--calibration"] if corpus != NO_CALIBRATION else []), *_options(sampling)]
+    idle = [option for option in idle if option in asked]
+    if not chosen.needs_text and idle:
+        raise UsageError(f"{idle[0]} names text, which --method {chosen} does not use", hint="leave one of them out")
+    if tuning and not chosen.compensates:
+        raise UsageError(
+            f"{next(iter(_options(tuning)))} is an option of GPTQ, --method {chosen} has none",
+            hint="leave it out, or take --method gptq or awq-gptq",
+        )
+    if chosen is Method.SMOOTH and scheme.body is not Precision.INT8:
+        raise UsageError(
+            f"--method {chosen} makes room for int8 activations in int8 weights, not in {scheme.body}",
+            hint="take --precision int8, or another method",
+        )
+    return Recipe(method=chosen, **tuning)
+
+
+def _refuse_two_budgets(choices: Choices, *, calibrated: bool) -> None:
+    given = _options(_only(choices, "budget_mb", "max_kl"))
+    for option, value in given.items():
+        if not value:
+            raise UsageError(f"{option} is {value:g}, a number above 0 was expected", hint="leave it out, or raise it")
+    if len(given) == 2:
+        raise UsageError("--budget-mb and --max-kl pull two ways", hint="leave one of them out")
+    if given and not calibrated:
+        raise UsageError(
+            f"{next(iter(given))} is met by what is measured on text, and nothing is to be calibrated",
+            hint="leave it out, or take another --method or --calibration",
+        )
+
+
+def _only(choices: Choices, *names: str) -> dict[str, Any]:
+    return {name: value for name, value in choices.items() if name in names and value is not None}
+
+
+def _options(values: dict[str, Any]) -> dict[str, Any]:
+    return {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+
+
+def _one_of(option: str, value: str, known: list[str]) -> str:
+    if value not in known:
+        raise UsageError(f"{option} {value} is unknown; known: {', '.join(known)}", hint=f"choose one with {option}")
+    return value
