@@ -27,7 +27,7 @@ class DefaultsToExport(TyperGroup):
     """``llama-export CHECKPOINT --target ...`` means ``llama-export export CHECKPOINT --target ...``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        own = {"--help", "--version"}
+        own = {"--help", "--version", "--install-completion", "--show-completion"}
         if args and args[0] not in self.commands and args[0] not in own:
             args = ["export", *args]
         return super().parse_args(ctx, args)
@@ -37,7 +37,6 @@ app = typer.Typer(
     name="llama-export",
     cls=DefaultsToExport,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="One command from a Llama checkpoint to artifacts for phones, each proven to answer as the model does.\n\n"
     "`llama-export [CHECKPOINT] --target coreml` is short for `llama-export export ...`; with no checkpoint it takes "

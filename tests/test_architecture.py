@@ -36,7 +36,7 @@ LAYERS = (
         "exporter.packing",
         "exporter.device",
     ),
-    ("exporter.cli", "exporter.cli_bundle", "exporter.reporting", "exporter.optimum_command"),
+    ("exporter.cli", "exporter.cli_bundle", "exporter.library", "exporter.reporting", "exporter.optimum_command"),
 )
 """From the bottom up. A module may import from its own layer and from those below it."""
 TOOLCHAINS = {"executorch": "executorch", "torchao": "executorch", "onnxruntime": "onnxruntime", "onnx": "onnxruntime"}
