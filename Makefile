@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: setup demo test test-matrix check format bench bench-quality bench-calibration clean
+.PHONY: setup demo test test-matrix check format bench bench-quality bench-calibration docs clean
 
 setup: $(VENV)/installed
 
@@ -55,6 +55,9 @@ bench: $(VENV)-bench/installed
 
 bench-calibration: setup
 	$(BIN)/python -m benchmarks.calibration
+
+docs: setup
+	$(BIN)/python -m typer exporter.cli utils docs --name llama-export --output docs/options.md
 
 format: setup
 	$(BIN)/ruff check --fix

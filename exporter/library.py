@@ -74,7 +74,7 @@ class LoadedBundle:
     def generate(
         self, prompt: str | Sequence[dict[str, str]], *, max_tokens: int = 128, **decoding: Unpack[Drawing]
     ) -> str:
-        """The answer to a text, or to messages in the chat template. Raises InputError where the prompt leaves no room."""
+        """The answer to a text, or to messages in the chat template. Raises InputError where it leaves no room."""
         return "".join(self.stream(prompt, max_tokens=max_tokens, **decoding))
 
     def stream(
