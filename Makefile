@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: setup demo test test-matrix check format bench bench-quality bench-calibration clean
+.PHONY: setup demo test test-matrix check check-kotlin format bench bench-quality bench-calibration clean
 
 setup: $(VENV)/installed
 
@@ -19,16 +19,22 @@ demo: setup
 	$(BIN)/llama-export --target all --out $(DEMO)
 
 test: setup
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not kotlin"
 
 test-matrix: setup
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not kotlin"
 
 check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow and not toolchain"
+	$(BIN)/pytest -m "not slow and not toolchain and not kotlin"
+
+# The Android sample's library: a JDK of 17 or later, and a download of 80 MB on the first run, which holds the compiler.
+# LLAMA_BUNDLE=folder tests a bundle that is there, in place of two of the sample model.
+check-kotlin: export KOTLIN_CACHE := $(CURDIR)/.cache/kotlin
+check-kotlin: setup
+	$(BIN)/pytest -m kotlin tests/samples/test_kotlin.py
 
 # Other tools are quantized with, too: an environment of its own, and a C++ compiler and cmake for llama.cpp.
 $(VENV)-bench/installed: pyproject.toml benchmarks/rivals/requirements.txt
