@@ -30,6 +30,7 @@ from tests.conftest import CLEAR_MARGIN
 
 pytestmark = [
     pytest.mark.kotlin,
+    pytest.mark.timeout(1800),  # the first test waits for the compiler and an export
     pytest.mark.skipif(shutil.which("java") is None, reason="no JDK"),
 ]
 
