@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
+# Tests of the sample apps want a browser or a compiler of their own: make check-web, check-kotlin, check-swift.
+HERE := not web and not kotlin and not swift
 
-.PHONY: setup demo test test-matrix check format bench bench-quality bench-calibration docs clean
+.PHONY: setup demo test test-matrix check check-web check-kotlin check-swift format
+.PHONY: bench bench-quality bench-calibration docs clean
 
 setup: $(VENV)/installed
 
@@ -19,16 +22,35 @@ demo: setup
 	$(BIN)/llama-export --target all --out $(DEMO)
 
 test: setup
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and $(HERE)"
 
 test-matrix: setup
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and $(HERE)"
 
 check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow and not toolchain"
+	$(BIN)/pytest -m "not slow and not toolchain and $(HERE)"
+
+# The web sample in headless Chromium, some ten minutes: wants node 20.19 and chromium, and says how to get them.
+BUNDLE ?= $(DEMO)/onnxruntime
+
+check-web: setup
+	test -e $(BUNDLE)/manifest.json || $(BIN)/llama-export --target onnxruntime --out $(DEMO)
+	BUNDLE=$(abspath $(BUNDLE)) $(BIN)/pytest -m web tests/samples
+
+# The Android sample's library: a JDK of 17 or later, and a download of 80 MB on the first run, which holds the compiler.
+# LLAMA_BUNDLE=folder tests a bundle that is there, in place of two of the sample model.
+check-kotlin: export KOTLIN_CACHE := $(CURDIR)/.cache/kotlin
+check-kotlin: setup
+	$(BIN)/pytest -m kotlin tests/samples/test_kotlin.py
+
+# The sample for iOS: its package tested, its self-test on a real artifact, its app against stubs. LLAMA_BUNDLE names an
+# ONNX bundle to be used in place of a new one. Without a swift on the PATH: root and debootstrap, 3 GB in .cache/swift.
+check-swift: setup
+	samples/ios/check-app.sh
+	$(BIN)/pytest -m swift tests/samples/test_swift.py
 
 # Other tools are quantized with, too: an environment of its own, and a C++ compiler and cmake for llama.cpp.
 $(VENV)-bench/installed: pyproject.toml benchmarks/rivals/requirements.txt

@@ -1,0 +1,7 @@
+package org.pytorch.executorch;
+
+public abstract class Tensor {
+  public static native Tensor fromBlob(long[] data, long[] shape);
+
+  public native float[] getDataAsFloatArray();
+}
