@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: setup demo test test-matrix check format bench bench-quality bench-calibration clean
+.PHONY: setup demo test test-matrix check check-swift format bench bench-quality bench-calibration clean
 
 setup: $(VENV)/installed
 
@@ -19,16 +19,22 @@ demo: setup
 	$(BIN)/llama-export --target all --out $(DEMO)
 
 test: setup
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not swift"
 
 test-matrix: setup
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not swift"
 
 check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow and not toolchain"
+	$(BIN)/pytest -m "not slow and not toolchain and not swift"
+
+# The sample for iOS: its package tested, its self-test on a real artifact, its app against stubs. LLAMA_BUNDLE names an
+# ONNX bundle to be used in place of a new one. Without a swift on the PATH: root and debootstrap, 3 GB in .cache/swift.
+check-swift: setup
+	samples/ios/check-app.sh
+	$(BIN)/pytest -m swift tests/samples/test_swift.py
 
 # Other tools are quantized with, too: an environment of its own, and a C++ compiler and cmake for llama.cpp.
 $(VENV)-bench/installed: pyproject.toml benchmarks/rivals/requirements.txt

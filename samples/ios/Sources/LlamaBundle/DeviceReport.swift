@@ -91,11 +91,26 @@ public struct DeviceReport: Equatable, Sendable {
 
 // Written out, since what is not measured has to stand there as null.
 
-extension DeviceReport: Encodable {
+extension DeviceReport: Codable {
     enum CodingKeys: String, CodingKey {
         case schema, device, parity, greedy, chats, latency
         case manifestSHA256 = "manifest_sha256"
         case peakMemoryBytes = "peak_memory_bytes"
+    }
+
+    public init(from decoder: any Decoder) throws {
+        let fields = try decoder.container(keyedBy: CodingKeys.self)
+        let found = try fields.decode(String.self, forKey: .schema)
+        guard found == DeviceReport.schema else {
+            throw DecodingError.dataCorruptedError(forKey: .schema, in: fields, debugDescription: "it is '\(found)'")
+        }
+        manifestSHA256 = try fields.decode(String.self, forKey: .manifestSHA256)
+        device = try fields.decode(Device.self, forKey: .device)
+        parity = try fields.decode(Parity.self, forKey: .parity)
+        greedy = try fields.decode(Agreement.self, forKey: .greedy)
+        chats = try fields.decode(Agreement.self, forKey: .chats)
+        latency = try fields.decode(Latency.self, forKey: .latency)
+        peakMemoryBytes = try fields.decodeIfPresent(Int.self, forKey: .peakMemoryBytes)
     }
 
     public func encode(to encoder: any Encoder) throws {
@@ -111,7 +126,7 @@ extension DeviceReport: Encodable {
     }
 }
 
-extension Agreement: Encodable {
+extension Agreement: Codable {
     enum CodingKeys: String, CodingKey {
         case prompts, compared, agreeing, reason
     }
@@ -125,7 +140,7 @@ extension Agreement: Encodable {
     }
 }
 
-extension Latency: Encodable {
+extension Latency: Codable {
     enum CodingKeys: String, CodingKey {
         case threads, runs
         case loadSeconds = "load_s"
