@@ -67,7 +67,7 @@ public struct Session {
 
 /// A bundle that is loaded and answers, one question after the other, off the main actor.
 public actor Assistant {
-    public let bundle: ModelBundle
+    public nonisolated let bundle: ModelBundle
     private let tokenizer: any Tokenizer
     private let format: ChatFormat
     private let loadSeconds: Double

@@ -49,8 +49,7 @@ public struct GoldenLogits: Sendable {
         let logSum = top + log(logits.reduce(into: 0.0) { $0 += exp(Double($1) - top) })
         var (kl, keptP, keptQ, furthest) = (0.0, 0.0, 0.0, 0.0)
         for (id, reference) in zip(ids, golden) {
-            // The reference's own are float32: log p is their difference as float32, as the export computes it.
-            let logP = Double(reference - logSumExp[row])
+            let logP = Double(reference) - Double(logSumExp[row])
             let logQ = Double(logits[id]) - logSum
             kl += exp(logP) * (logP - logQ)
             keptP += exp(logP)
