@@ -7,10 +7,14 @@ built=.build/app
 
 ./swift-toolchain.sh
 mkdir -p "$built"
-module() { swift swiftc -parse-as-library -emit-module -I "$built" -module-name "$1" -o "$built/$1.swiftmodule" "$2"; }
+module() {
+    name=$1
+    shift
+    swift swiftc -parse-as-library -emit-module -I "$built" -module-name "$name" -o "$built/$name.swiftmodule" "$@"
+}
 module CoreML App/Stubs/CoreML.swift
 module ExecuTorch App/Stubs/ExecuTorch.swift
-swift swiftc -parse-as-library -emit-module -module-name LlamaBundle -o "$built/LlamaBundle.swiftmodule" Sources/LlamaBundle/*.swift
+module LlamaBundle Sources/LlamaBundle/*.swift
 swift swiftc -typecheck -I "$built" -module-name App App/Runners/*.swift
 swift swiftc -parse App/Sources/*.swift
 echo "check-app: runners and model type-checked against stubs, views parsed" >&2

@@ -18,7 +18,7 @@ fail() {
 }
 
 system_swift() {
-    [ -z "${SWIFT_TOOLCHAIN_FORCE_CHROOT:-}" ] && command -v swift >/dev/null 2>&1 && swift --version >/dev/null 2>&1
+    command -v swift >/dev/null 2>&1 && swift --version >/dev/null 2>&1
 }
 
 # Where this host gets Debian from: the same place has the newer release.
@@ -39,7 +39,7 @@ install() {
     url=$(mirror)
     [ -n "$url" ] || fail "apt knows of no Debian mirror on this host: run apt-get update on Debian, or install swift"
 
-    rm -rf "$root"
+    rm -rf --one-file-system "$root" # what an interrupted run has left
     mkdir -p "$root"
     echo "swift-toolchain: Debian $suite into .cache/swift, some minutes" >&2
     debootstrap --variant=minbase "$suite" "$root" "$url" >"$root.log" 2>&1 ||

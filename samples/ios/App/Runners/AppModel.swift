@@ -111,7 +111,7 @@ final class AppModel {
     private nonisolated func load(_ folder: URL) async throws -> (Assistant, DeviceReport?) {
         try FileManager.default.createDirectory(at: scratch, withIntermediateDirectories: true)
         var bundle = try ModelBundle(folder: folder, check: .sizes)
-        let written = (try? Data(contentsOf: reportURL)).flatMap { try? JSONDecoder().decode(DeviceReport.self, from: $0) }
+        let written = try? JSONDecoder().decode(DeviceReport.self, from: Data(contentsOf: reportURL))
         let known = written?.manifestSHA256 == bundle.manifestSHA256 ? written : nil
         if known == nil { bundle = try ModelBundle(folder: folder, check: .checksums) }
         let scratch = scratch

@@ -61,11 +61,12 @@ struct CoreMLRunner: Runner {
         case .float32: rows = MLShapedArray<Float>(logits!).scalars
         default: rows = []
         }
-        guard rows.count >= manifest.model.vocabularySize else {
+        let wanted = manifest.model.vocabularySize
+        guard rows.count >= wanted else {
             throw BundleError(
-                "the model's output 'logits' holds \(rows.count) floats, \(manifest.model.vocabularySize) were expected",
+                "the model's output 'logits' holds \(rows.count) floats, \(wanted) were expected",
                 hint: "export the bundle again with --target coreml")
         }
-        return Array(rows.suffix(manifest.model.vocabularySize))
+        return Array(rows.suffix(wanted))
     }
 }

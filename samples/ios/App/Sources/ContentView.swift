@@ -28,11 +28,12 @@ struct ChatView: View {
             ScrollView {
                 LazyVStack(alignment: .leading, spacing: 12) {
                     ForEach(Array(model.messages.enumerated()), id: \.offset) { _, message in
+                        let mine = message.role == .user
                         Text(message.content)
                             .padding(10)
-                            .background(message.role == .user ? Color.accentColor.opacity(0.2) : Color.gray.opacity(0.15))
+                            .background(mine ? Color.accentColor.opacity(0.2) : Color.gray.opacity(0.15))
                             .clipShape(RoundedRectangle(cornerRadius: 12))
-                            .frame(maxWidth: .infinity, alignment: message.role == .user ? .trailing : .leading)
+                            .frame(maxWidth: .infinity, alignment: mine ? .trailing : .leading)
                             .textSelection(.enabled)
                     }
                     if let problem = model.problem { Text(problem).foregroundStyle(.red) }
@@ -85,7 +86,8 @@ struct ReportView: View {
                 }
                 if let report = model.report {
                     Section("Parity over \(report.parity.positions) positions") {
-                        LabeledContent("Mean KL, nats", value: report.parity.meanKL, format: .number.notation(.scientific))
+                        LabeledContent(
+                            "Mean KL, nats", value: report.parity.meanKL, format: .number.notation(.scientific))
                         LabeledContent("Top-1 agreement", value: report.parity.top1Agreement, format: .percent)
                         LabeledContent("where decided", value: report.parity.decidedTop1Agreement, format: .percent)
                         agreement("Greedy tokens", report.greedy)
@@ -110,7 +112,8 @@ struct ReportView: View {
     }
 
     private func figure(_ name: String, _ value: Double?) -> some View {
-        LabeledContent(name, value: value.map { $0.formatted(.number.precision(.significantDigits(3))) } ?? "not measured")
+        let text = value.map { $0.formatted(.number.precision(.significantDigits(3))) }
+        return LabeledContent(name, value: text ?? "not measured")
     }
 
     private func agreement(_ name: String, _ agreement: Agreement) -> some View {

@@ -14,7 +14,9 @@ public class MLState {}
 
 public class MLModel {
     public class func compileModel(at: URL) async throws -> URL { fatalError() }
-    public class func load(contentsOf: URL, configuration: MLModelConfiguration) async throws -> MLModel { fatalError() }
+    public class func load(contentsOf: URL, configuration: MLModelConfiguration) async throws -> MLModel {
+        fatalError()
+    }
     public func makeState() -> MLState { fatalError() }
     public func prediction(from: any MLFeatureProvider, using: MLState) throws -> any MLFeatureProvider { fatalError() }
 }

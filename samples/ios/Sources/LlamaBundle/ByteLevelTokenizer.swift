@@ -48,7 +48,8 @@ public struct ByteLevelTokenizer: Tokenizer {
         var texts: [Int: [UInt8]] = [:]
         for (text, id) in vocabulary { texts[id] = text.unicodeScalars.compactMap { bytes[$0] } }
         for token in added where token["special"] as? Bool != true {
-            if let content = token["content"] as? String, let id = token["id"] as? Int { texts[id] = Array(content.utf8) }
+            guard let content = token["content"] as? String, let id = token["id"] as? Int else { continue }
+            texts[id] = Array(content.utf8)
         }
         self.texts = texts
     }

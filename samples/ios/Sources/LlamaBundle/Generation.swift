@@ -111,7 +111,9 @@ public actor Assistant {
     }
 
     /// The answer to a conversation, as it is written. It ends early when nobody listens any more.
-    public nonisolated func answer(to messages: [Message], limit: Int = .max) -> AsyncThrowingStream<String, any Error> {
+    public nonisolated func answer(
+        to messages: [Message], limit: Int = .max
+    ) -> AsyncThrowingStream<String, any Error> {
         AsyncThrowingStream { continuation in
             let task = Task {
                 do {

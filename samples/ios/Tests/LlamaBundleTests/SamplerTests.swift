@@ -67,7 +67,9 @@ final class SamplerTests: XCTestCase {
     }
 
     func testAGenerationConfigThatDoesNotSampleIsGreedy() throws {
-        func sampling(_ json: String) throws -> Sampling { try JSONDecoder().decode(Sampling.self, from: Data(json.utf8)) }
+        func sampling(_ json: String) throws -> Sampling {
+            try JSONDecoder().decode(Sampling.self, from: Data(json.utf8))
+        }
         XCTAssertEqual(try sampling(#"{"temperature": 0.6}"#), .greedy)
         XCTAssertEqual(
             try sampling(#"{"do_sample": true, "temperature": 0.6, "top_p": 0.9}"#),

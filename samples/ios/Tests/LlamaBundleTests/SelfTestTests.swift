@@ -206,7 +206,10 @@ final class GenerationTests: XCTestCase {
 
     private func generate(_ session: inout Session, _ prompt: [Int], limit: Int = .max) throws -> ([Int], Session.End) {
         var (sampler, received) = (Sampler(), [Int]())
-        let end = try session.generate(after: prompt, limit: limit, sampler: &sampler) { received.append($0); return true }
+        let end = try session.generate(after: prompt, limit: limit, sampler: &sampler) {
+            received.append($0)
+            return true
+        }
         return (received, end)
     }
 
