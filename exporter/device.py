@@ -77,7 +77,7 @@ def _check(told: Mapping[str, Any], report: Path, *, bundle: Path, manifest: Map
 
 
 def _parity(told: Mapping[str, Any], *, bundle: Path, manifest: Mapping[str, Any]) -> Report:
-    found = told.get("parity")
+    found = _measured(told, "parity")
     runtime = f"{told['device']['runtime']} on {told['device']['model']}, {told['device']['os']}"
     absent: dict[str, Any] = {"runtime": runtime, **dict.fromkeys(_PARITY)}
     if found is None:
@@ -92,7 +92,7 @@ def _parity(told: Mapping[str, Any], *, bundle: Path, manifest: Mapping[str, Any
     if figures["positions"] != len(goldens.drive.positions):
         faults.append(f"{figures['positions']} positions were tested, the goldens have {len(goldens.drive.positions)}")
     for kind, what in (("greedy", "greedy tokens"), ("chats", "chat renders")):
-        if counts := told.get(kind):
+        if counts := _measured(told, kind):
             compared, agreeing = _number(counts, "compared", int), _number(counts, "agreeing", int)
             if agreeing < compared:
                 faults.append(f"{compared - agreeing} of {compared} {what} are not the goldens'")
@@ -101,7 +101,7 @@ def _parity(told: Mapping[str, Any], *, bundle: Path, manifest: Mapping[str, Any
 
 
 def _latency(told: Mapping[str, Any]) -> Report:
-    found = told.get("latency")
+    found = _measured(told, "latency")
     if found is None:
         figures: dict[str, Any] = dict.fromkeys(_LATENCY)
         return Report(verdict=Verdict.NOT_MEASURED, reason=_reason(told, "latency"), figures=figures)
@@ -110,8 +110,17 @@ def _latency(told: Mapping[str, Any]) -> Report:
     return Report(verdict=Verdict.PASSED, figures={**dict.fromkeys(_LATENCY), **figures, **extra})
 
 
+def _measured(told: Mapping[str, Any], kind: str) -> Any:
+    """A part of the report, or None where all its figures are absent."""
+    part = told.get(kind)
+    absent = isinstance(part, dict) and all(value is None for name, value in part.items() if name != "reason")
+    return None if absent else part
+
+
 def _reason(told: Mapping[str, Any], kind: str) -> str:
-    return str(told.get("reason") or f"the device report has no {kind}")
+    part = told.get(kind)
+    reason = part.get("reason") if isinstance(part, dict) else told.get("reason")
+    return str(reason or f"the device report has no {kind}")
 
 
 def _number(found: Any, name: str, kind: type[int] | type[float]) -> Any:

@@ -189,7 +189,7 @@ class GoldenLogits:
     def figures(self, got: Tensor) -> dict[str, float | int]:
         """KL of ``got`` ``[m, V]`` over the kept tokens and one bin for all others (never more than the whole KL)."""
         ids = self.top_ids.long()
-        log_p = (self.top_logits - self.logsumexp.unsqueeze(1)).double()
+        log_p = self.top_logits.double() - self.logsumexp.double().unsqueeze(1)
         log_q = torch.log_softmax(got.double(), dim=-1).gather(1, ids)
         rest_p, rest_q = (_log_rest(kept) for kept in (log_p, log_q))
         kl = (log_p.exp() * (log_p - log_q)).sum(dim=1) + rest_p.exp() * (rest_p - rest_q)

@@ -96,8 +96,8 @@ class GoldenLogits(
 
     fun logSumExp(row: Int): Float = logSumExp.get(row)
 
-    /** Log of the reference's probability. In float32, where the exporter takes this difference. */
-    fun logProbability(row: Int, rank: Int): Double = (logit(row, rank) - logSumExp(row)).toDouble()
+    /** Log of the reference's probability. */
+    fun logProbability(row: Int, rank: Int): Double = logit(row, rank).toDouble() - logSumExp(row)
 
     internal fun checkIds(vocabSize: Int) {
         for (index in 0 until topIds.limit()) {
