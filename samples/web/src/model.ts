@@ -1,0 +1,185 @@
+/** The exported graph in ONNX Runtime, on the GPU where the browser gives one, and the cache that it reads and writes. */
+
+import type { InferenceSession, Tensor } from "onnxruntime-web/wasm";
+import gpuGlue from "onnxruntime-web/ort-wasm-simd-threaded.asyncify.mjs?url";
+import gpuWasm from "onnxruntime-web/ort-wasm-simd-threaded.asyncify.wasm?url";
+import cpuGlue from "onnxruntime-web/ort-wasm-simd-threaded.mjs?url";
+import cpuWasm from "onnxruntime-web/ort-wasm-simd-threaded.wasm?url";
+
+import type { Bundle, Manifest, Progress } from "./bundle";
+
+export type Provider = "webgpu" | "wasm";
+
+type Runtime = typeof import("onnxruntime-web/wasm");
+
+const WEIGHTS = "model.onnx.data";
+
+/**
+ * Keys and values of the tokens read so far. No call changes one: going back to an earlier position is going on from
+ * an earlier cache.
+ */
+export interface Cache {
+  readonly ids: readonly number[];
+  readonly tensors: Readonly<Record<string, Tensor>>;
+}
+
+/** What comes of reading tokens: logits after the last of them, and the cache to go on from. */
+export interface Step {
+  logits: Float32Array;
+  cache: Cache;
+}
+
+export class Model {
+  readonly empty: Cache;
+
+  private constructor(
+    private readonly runtime: Runtime,
+    private readonly session: InferenceSession,
+    private readonly manifest: Manifest,
+    readonly provider: Provider,
+    /** Why it does not run on the GPU; empty where it does or was not asked to. */
+    readonly fallbackReason: string,
+    readonly loadSeconds: number,
+  ) {
+    const { num_hidden_layers: layers, num_key_value_heads: heads, head_dim: size } = manifest.model;
+    const tensors: Record<string, Tensor> = {};
+    for (let layer = 0; layer < layers; layer++) {
+      for (const kind of ["key", "value"]) {
+        tensors[`past_key_values.${layer}.${kind}`] = new runtime.Tensor("float32", [], [1, heads, 0, size]);
+      }
+    }
+    this.empty = { ids: [], tensors };
+  }
+
+  /** WebGPU first, WebAssembly where that fails; or the one that is `forced`, or an error. */
+  static async load(bundle: Bundle, forced: Provider | null, progress?: Progress): Promise<Model> {
+    const graph = await bundle.read("model.onnx", progress);
+    const weights = bundle.has(WEIGHTS) ? await bundle.read(WEIGHTS, progress) : null;
+
+    let reason = "";
+    if (forced !== "wasm") {
+      try {
+        await requireGpu({ software: forced === "webgpu" });
+        return await Model.on("webgpu", bundle.manifest, graph, weights);
+      } catch (error) {
+        reason = (error as Error).message;
+        if (forced) throw new Error(`WebGPU was asked for, but ${reason}.`);
+      }
+    }
+    return Model.on("wasm", bundle.manifest, graph, weights, reason);
+  }
+
+  private static async on(
+    provider: Provider,
+    manifest: Manifest,
+    graph: Uint8Array,
+    weights: Uint8Array | null,
+    fallbackReason = "",
+  ): Promise<Model> {
+    const runtime = await runtimeFor(provider);
+    const started = performance.now();
+    const session = await runtime.InferenceSession.create(graph, {
+      executionProviders: [provider],
+      externalData: weights ? [{ path: WEIGHTS, data: weights }] : [],
+      // The cache stays where it is computed: of the GPU's memory only the logits are copied back.
+      ...(provider === "webgpu" && { preferredOutputLocation: onGpu(manifest) }),
+      logSeverityLevel: 3, // errors only: a node that runs on the CPU is no news
+    });
+    const seconds = (performance.now() - started) / 1000;
+    const model = new Model(runtime, session, manifest, provider, fallbackReason, seconds);
+    // A GPU compiles its programs at the first run, and may fail there: better here than at the first question.
+    const { cache, logits } = await model.feed(model.empty, [manifest.model.bos_token_id]);
+    model.release(cache);
+    if (!logits.every(Number.isFinite)) throw new Error(`${provider} computes logits that are not numbers`);
+    return model;
+  }
+
+  get runtimeName(): string {
+    return `onnxruntime-web ${this.runtime.env.versions.web}, ${this.provider}`;
+  }
+
+  get threads(): number {
+    return this.runtime.env.wasm.numThreads ?? 1;
+  }
+
+  /** Read `ids` after what `past` holds. `past` stays as it is, and is the caller's to release. */
+  async feed(past: Cache, ids: readonly number[]): Promise<Step> {
+    const total = past.ids.length + ids.length;
+    if (total > this.manifest.context) {
+      throw new Error(`The text has ${total} tokens, but the cache of this bundle holds ${this.manifest.context}.`);
+    }
+    const { Tensor } = this.runtime;
+    const outputs = await this.session.run({
+      ...past.tensors,
+      input_ids: new Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]),
+      attention_mask: new Tensor("int64", new BigInt64Array(total).fill(1n), [1, total]),
+    });
+    const tensors: Record<string, Tensor> = {};
+    for (const [name, tensor] of Object.entries(outputs)) {
+      if (name.startsWith("present.")) tensors[name.replace("present", "past_key_values")] = tensor;
+    }
+    const all = outputs.logits.data as Float32Array; // [1, 1, V], or [1, T, V] where the graph gives all
+    const logits = all.slice(all.length - this.manifest.model.vocab_size);
+    outputs.logits.dispose();
+    return { logits, cache: { ids: [...past.ids, ...ids], tensors } };
+  }
+
+  /** The same, for a `past` that nobody needs any more. */
+  async advance(past: Cache, ids: readonly number[]): Promise<Step> {
+    const step = await this.feed(past, ids);
+    this.release(past);
+    return step;
+  }
+
+  /** Give a cache's memory back; the GPU's is not garbage-collected. */
+  release(cache: Cache): void {
+    if (cache !== this.empty) Object.values(cache.tensors).forEach((tensor) => tensor.dispose());
+  }
+}
+
+/** Greedy choice. */
+export function argmax(logits: Float32Array): number {
+  let best = 0;
+  for (let id = 1; id < logits.length; id++) if (logits[id] > logits[best]) best = id;
+  return best;
+}
+
+async function runtimeFor(provider: Provider): Promise<Runtime> {
+  // Two builds, of 27 and 14 MB: a phone fetches the one that it runs.
+  const gpu = provider === "webgpu";
+  const runtime = gpu ? await import("onnxruntime-web/webgpu") : await import("onnxruntime-web/wasm");
+  const locate = (url: string) => new URL(url, location.href).href;
+  runtime.env.wasm.wasmPaths = { mjs: locate(gpu ? gpuGlue : cpuGlue), wasm: locate(gpu ? gpuWasm : cpuWasm) };
+  return runtime;
+}
+
+/** Throws where there is no GPU, and where it is one computed in software unless that is welcome. */
+async function requireGpu({ software }: { software: boolean }): Promise<void> {
+  if (!navigator.gpu) throw new Error("this browser has no WebGPU");
+  const adapter = await navigator.gpu.requestAdapter();
+  if (!adapter) throw new Error("the browser finds no GPU to use");
+  const { architecture, isFallbackAdapter, vendor } = adapter.info;
+  if (isFallbackAdapter && !software) {
+    throw new Error(`its GPU is software (${architecture || vendor}), which is slower than WebAssembly`);
+  }
+}
+
+function onGpu(manifest: Manifest): Record<string, "gpu-buffer"> {
+  const places: Record<string, "gpu-buffer"> = {};
+  for (let layer = 0; layer < manifest.model.num_hidden_layers; layer++) {
+    places[`present.${layer}.key`] = places[`present.${layer}.value`] = "gpu-buffer";
+  }
+  return places;
+}
+
+/** Lets the browser draw and hear clicks: awaiting a session's run alone does not. */
+export function nextTask(): Promise<void> {
+  return new Promise((resolve) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = () => {
+      port1.close();
+      resolve();
+    };
+    port2.postMessage(null);
+  });
+}
