@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: setup demo test test-matrix check format bench bench-quality bench-calibration clean
+.PHONY: setup demo test test-matrix check check-web format bench bench-quality bench-calibration clean
 
 setup: $(VENV)/installed
 
@@ -19,16 +19,23 @@ demo: setup
 	$(BIN)/llama-export --target all --out $(DEMO)
 
 test: setup
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not web"
 
 test-matrix: setup
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not web"
 
 check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow and not toolchain"
+	$(BIN)/pytest -m "not slow and not toolchain and not web"
+
+# The web sample in headless Chromium, some ten minutes: wants node 20.19 and chromium, and says how to get them.
+BUNDLE ?= $(DEMO)/onnxruntime
+
+check-web: setup
+	test -e $(BUNDLE)/manifest.json || $(BIN)/llama-export --target onnxruntime --out $(DEMO)
+	BUNDLE=$(abspath $(BUNDLE)) $(BIN)/pytest -m web tests/samples
 
 # Other tools are quantized with, too: an environment of its own, and a C++ compiler and cmake for llama.cpp.
 $(VENV)-bench/installed: pyproject.toml benchmarks/rivals/requirements.txt

@@ -9,7 +9,7 @@
 import { chromium } from "playwright-core";
 
 const [base, question, shots] = process.argv.slice(2);
-const SLOW = 300_000; // ms; a self-test on a GPU that is software
+const SLOW = 900_000; // ms; a self-test on a GPU that is software
 
 const browser = await chromium.launch({
   executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
@@ -53,6 +53,21 @@ async function ask(page, text) {
   return { text: await answer.locator(".text").textContent(), figures: await answer.locator(".figures").textContent() };
 }
 
+/** Asks, and gives the text after every change of it; `stop`: presses Stop as soon as there is some. */
+async function watch(page, text, { stop }) {
+  await page.evaluate((stop) => {
+    window.stages = [];
+    new MutationObserver(() => {
+      const answer = [...document.querySelectorAll(".assistant .text")].at(-1)?.textContent;
+      if (!answer || answer === window.stages.at(-1)) return;
+      window.stages.push(answer);
+      if (stop) document.querySelector("#stop").click();
+    }).observe(document.querySelector("#log"), { subtree: true, childList: true, characterData: true });
+  }, stop);
+  const answer = await ask(page, text);
+  return { ...answer, stages: await page.evaluate(() => window.stages) };
+}
+
 async function selfTest(page) {
   await page.locator("#selftest-status[data-verdict]").waitFor();
   return {
@@ -73,17 +88,11 @@ const seen = {};
   await shot(page, "desktop-light-welcome");
   seen.wasm.provider = await page.locator("#provider").textContent();
   seen.wasm.isolated = await page.evaluate(() => crossOriginIsolated);
-  seen.wasm.answer = await ask(page, question);
+  seen.wasm.answer = await watch(page, question, { stop: false });
   seen.wasm.second = await ask(page, "And what did he say to the king, my lord?");
   await shot(page, "desktop-light-chat");
-
   await page.click("#new-chat");
-  await page.fill("#message", question);
-  await page.press("#message", "Enter");
-  await page.locator("#stop").click({ timeout: 2000 }).catch(() => {}); // a short answer may be over before
-  await page.locator(".assistant .figures:not(:empty)").waitFor();
-  seen.wasm.stopped = await page.locator(".assistant .figures").textContent();
-
+  seen.wasm.stopped = await watch(page, question, { stop: true });
   await page.click("#open-selftest");
   seen.wasm.selfTest = await selfTest(page);
   await shot(page, "desktop-light-selftest");
@@ -109,6 +118,12 @@ for (const colorScheme of ["light", "dark"]) {
   const page = await open("?bundle=bundle/damaged/&provider=wasm");
   seen.damaged = await loaded(page);
   await shot(page, "desktop-light-damaged");
+}
+
+{
+  const page = await open("?provider=wasm&threads=2");
+  seen.threads = { error: await loaded(page), provider: await page.locator("#provider").textContent() };
+  seen.threads.answer = await ask(page, question);
 }
 
 {

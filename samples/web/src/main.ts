@@ -2,7 +2,7 @@
 
 import { Bundle, BundleError } from "./bundle";
 import { render, type ChatFormat, type Message } from "./chat";
-import { argmax, Model, nextTask, type Cache, type Provider } from "./model";
+import { argmax, Model, nextTask, type Cache, type Forced, type Provider } from "./model";
 import { judge, selfTest, type Check, type DeviceReport } from "./selftest";
 import { Tokenizer } from "./tokenizer";
 
@@ -45,12 +45,18 @@ const page = {
   closeSelftest: element<HTMLButtonElement>("close-selftest"),
 };
 
+/** A session does one thing at a time: an answer or the self-test. */
+let busy = false;
+
 void main();
 
 async function main(): Promise<void> {
   const query = new URLSearchParams(location.search);
   try {
-    const loaded = await load(folderUrl(query.get("bundle") ?? "bundle/"), forcedProvider(query.get("provider")));
+    const loaded = await load(folderUrl(query.get("bundle") ?? "bundle/"), {
+      provider: forcedProvider(query.get("provider")),
+      threads: forcedThreads(query.get("threads")),
+    });
     showLoaded(loaded);
     listen(new Conversation(loaded), loaded);
     if (query.has("selftest")) await showSelfTest(loaded);
@@ -60,7 +66,7 @@ async function main(): Promise<void> {
   }
 }
 
-async function load(folder: URL, forced: Provider | null): Promise<Loaded> {
+async function load(folder: URL, forced: Forced): Promise<Loaded> {
   const bundle = await Bundle.open(folder);
   const { model: spec } = bundle.manifest;
   page.name.textContent = document.title = spec.name;
@@ -78,16 +84,15 @@ async function load(folder: URL, forced: Provider | null): Promise<Loaded> {
 
   const size = total < 1e9 ? `${(total / 1e6).toPrecision(2)} MB` : `${(total / 1e9).toPrecision(2)} GB`;
   const parameters = Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 }).format(spec.parameters);
-  page.facts.textContent = `${parameters} parameters · ${bundle.manifest.precision} · ${size}`;
+  page.facts.textContent = `${parameters} · ${bundle.manifest.precision} · ${size}`;
+  page.facts.title = "Parameters, how they are stored, and the size of the files";
   return { bundle, model, tokenizer, format };
 }
 
 function showLoaded({ model, format }: Loaded): void {
-  const fallback = model.fallbackReason ? `: ${model.fallbackReason}` : "";
+  const why = model.fallbackReason ? `; no WebGPU: ${model.fallbackReason}` : "";
   page.provider.textContent =
-    model.provider === "webgpu"
-      ? "Runs on the GPU, by WebGPU"
-      : `Runs on the processor, by WebAssembly with ${plural(model.threads, "thread")}${fallback}`;
+    model.provider === "webgpu" ? "On the GPU by WebGPU" : `By WebAssembly, ${plural(model.threads, "thread")}${why}`;
   document.body.dataset.provider = model.provider;
   page.loading.hidden = true;
   page.welcome.hidden = false;
@@ -165,28 +170,26 @@ class Conversation {
 }
 
 function listen(conversation: Conversation, loaded: Loaded): void {
-  let answering: AbortController | null = null;
+  let stopping = new AbortController();
 
   const ask = async (question: string) => {
-    if (answering || !question.trim()) return;
-    answering = new AbortController();
-    page.error.hidden = true;
-    page.welcome.hidden = true;
+    if (busy || !question.trim()) return;
+    stopping = new AbortController();
+    page.error.hidden = page.welcome.hidden = true;
     setBusy(true);
     addTurn("user", question);
     const { text, figures } = addTurn("assistant", "");
-    const show = (so_far: string) => {
+    const show = (soFar: string) => {
       const follows = atBottom();
-      text.textContent = so_far;
+      text.textContent = soFar;
       if (follows) scrollToBottom();
     };
     try {
-      figures.textContent = await conversation.ask(question, page.system.value, answering.signal, show);
+      figures.textContent = await conversation.ask(question, page.system.value, stopping.signal, show);
     } catch (error) {
       text.parentElement!.remove();
       fail(error);
     }
-    answering = null;
     setBusy(false);
     scrollToBottom();
     page.message.focus({ preventScroll: true });
@@ -195,7 +198,7 @@ function listen(conversation: Conversation, loaded: Loaded): void {
   page.composer.addEventListener("submit", (event) => {
     event.preventDefault();
     const question = page.message.value;
-    if (!answering) page.message.value = "";
+    if (!busy) page.message.value = "";
     fitMessage();
     void ask(question);
   });
@@ -205,7 +208,7 @@ function listen(conversation: Conversation, loaded: Loaded): void {
     page.composer.requestSubmit();
   });
   page.message.addEventListener("input", fitMessage);
-  page.stop.addEventListener("click", () => answering?.abort());
+  page.stop.addEventListener("click", () => stopping.abort());
   page.newChat.addEventListener("click", () => {
     conversation.restart();
     page.log.replaceChildren();
@@ -230,7 +233,7 @@ async function showSelfTest(loaded: Loaded): Promise<void> {
   page.speed.textContent = "";
   delete page.selftestStatus.dataset.verdict;
   page.selftest.showModal();
-  page.openSelftest.disabled = page.send.disabled = true;
+  setBusy(true);
   try {
     const say = (text: string) => void (page.selftestStatus.textContent = text);
     const report = await selfTest(bundle, model, tokenizer, format, say);
@@ -242,7 +245,7 @@ async function showSelfTest(loaded: Loaded): Promise<void> {
     page.selftestStatus.dataset.verdict = "failed";
     throw error;
   } finally {
-    page.openSelftest.disabled = page.send.disabled = false;
+    setBusy(false);
   }
 }
 
@@ -278,22 +281,24 @@ function showReport(report: DeviceReport, checks: Check[]): void {
 function addTurn(role: "user" | "assistant", content: string): { text: HTMLElement; figures: HTMLElement } {
   const turn = document.createElement("li");
   turn.className = role;
-  const who = Object.assign(document.createElement("span"), { className: "hidden", textContent: role === "user" ? "You: " : "Model: " });
-  const text = Object.assign(document.createElement("p"), { className: "text", textContent: content });
-  const figures = Object.assign(document.createElement("p"), { className: "figures" });
+  const paragraph = (className: string, textContent: string) =>
+    Object.assign(document.createElement("p"), { className, textContent });
+  const who = paragraph("hidden", role === "user" ? "You:" : "The model:");
+  const text = paragraph("text", content);
+  const figures = paragraph("figures", "");
   turn.append(who, text, figures);
   page.log.append(turn);
   scrollToBottom();
   return { text, figures };
 }
 
-/** While it writes, a screen reader waits: it then reads the whole answer once, not each piece. */
-function setBusy(busy: boolean): void {
-  page.log.setAttribute("aria-busy", String(busy));
-  page.send.hidden = busy;
-  page.stop.hidden = !busy;
-  page.newChat.disabled = page.openSelftest.disabled = busy;
-  for (const button of page.suggestions.querySelectorAll("button")) button.disabled = busy;
+function setBusy(now: boolean): void {
+  busy = now;
+  // While it writes, a screen reader waits: it then reads the whole answer once, not each piece.
+  page.log.setAttribute("aria-busy", String(now));
+  page.send.hidden = now;
+  page.stop.hidden = !now;
+  for (const control of [page.newChat, page.openSelftest, page.closeSelftest]) control.disabled = now;
 }
 
 function fail(error: unknown): void {
@@ -320,6 +325,11 @@ const plural = (count: number, noun: string) => `${count.toLocaleString("en")} $
 
 function folderUrl(text: string): URL {
   return new URL(text.endsWith("/") ? text : `${text}/`, location.href);
+}
+
+function forcedThreads(text: string | null): number | null {
+  if (text === null || Number(text) >= 1) return text === null ? null : Math.floor(Number(text));
+  throw new Error(`threads is ${text}, but it has to be 1 or more.`);
 }
 
 function forcedProvider(text: string | null): Provider | null {

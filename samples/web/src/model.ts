@@ -10,6 +10,12 @@ import type { Bundle, Manifest, Progress } from "./bundle";
 
 export type Provider = "webgpu" | "wasm";
 
+/** What the page's address asks for; null leaves the choice to the browser's abilities. */
+export interface Forced {
+  provider: Provider | null;
+  threads: number | null;
+}
+
 type Runtime = typeof import("onnxruntime-web/wasm");
 
 const WEIGHTS = "model.onnx.data";
@@ -27,6 +33,13 @@ export interface Cache {
 export interface Step {
   logits: Float32Array;
   cache: Cache;
+}
+
+interface Files {
+  graph: Uint8Array;
+  weights: Uint8Array | null;
+  manifest: Manifest;
+  threads: number | null;
 }
 
 export class Model {
@@ -52,31 +65,29 @@ export class Model {
   }
 
   /** WebGPU first, WebAssembly where that fails; or the one that is `forced`, or an error. */
-  static async load(bundle: Bundle, forced: Provider | null, progress?: Progress): Promise<Model> {
+  static async load(bundle: Bundle, forced: Forced, progress?: Progress): Promise<Model> {
     const graph = await bundle.read("model.onnx", progress);
     const weights = bundle.has(WEIGHTS) ? await bundle.read(WEIGHTS, progress) : null;
 
+    const files = { graph, weights, manifest: bundle.manifest, threads: forced.threads };
+
     let reason = "";
-    if (forced !== "wasm") {
+    if (forced.provider !== "wasm") {
       try {
-        await requireGpu({ software: forced === "webgpu" });
-        return await Model.on("webgpu", bundle.manifest, graph, weights);
+        await requireGpu({ software: forced.provider === "webgpu" });
+        return await Model.on("webgpu", files);
       } catch (error) {
         reason = (error as Error).message;
-        if (forced) throw new Error(`WebGPU was asked for, but ${reason}.`);
+        if (forced.provider) throw new Error(`WebGPU was asked for, but ${reason}.`);
       }
     }
-    return Model.on("wasm", bundle.manifest, graph, weights, reason);
+    return Model.on("wasm", files, reason);
   }
 
-  private static async on(
-    provider: Provider,
-    manifest: Manifest,
-    graph: Uint8Array,
-    weights: Uint8Array | null,
-    fallbackReason = "",
-  ): Promise<Model> {
+  private static async on(provider: Provider, files: Files, fallbackReason = ""): Promise<Model> {
+    const { graph, weights, manifest } = files;
     const runtime = await runtimeFor(provider);
+    if (files.threads) runtime.env.wasm.numThreads = files.threads;
     const started = performance.now();
     const session = await runtime.InferenceSession.create(graph, {
       executionProviders: [provider],
@@ -160,7 +171,7 @@ async function requireGpu({ software }: { software: boolean }): Promise<void> {
   if (!adapter) throw new Error("the browser finds no GPU to use");
   const { architecture, isFallbackAdapter, vendor } = adapter.info;
   if (isFallbackAdapter && !software) {
-    throw new Error(`its GPU is software (${architecture || vendor}), which is slower than WebAssembly`);
+    throw new Error(`the GPU is software (${architecture || vendor}), and slower`);
   }
 }
 
