@@ -24,9 +24,10 @@ const browser = await chromium.launch({
 const strangers = [];
 const troubles = [];
 
-async function open(query, options = {}) {
+async function open(query, options = {}, before = () => {}) {
   const context = await browser.newContext({ viewport: { width: 1100, height: 760 }, ...options });
   const page = await context.newPage();
+  await page.addInitScript(before);
   page.setDefaultTimeout(SLOW);
   page.on("request", (request) => {
     const { origin, protocol } = new URL(request.url());
@@ -129,6 +130,16 @@ for (const colorScheme of ["light", "dark"]) {
 {
   const page = await open("");
   seen.byItself = { error: await loaded(page), provider: await page.locator("#provider").textContent() };
+}
+
+{
+  // A GPU that looks well and gives no device: what a driver that is on the browser's block list does.
+  const page = await open("", {}, () => {
+    const device = { requestDevice: () => Promise.reject(new Error("no device today")), features: new Set(), limits: {} };
+    navigator.gpu.requestAdapter = async () => ({ ...device, info: { vendor: "test", isFallbackAdapter: false } });
+  });
+  seen.brokenGpu = { error: await loaded(page), provider: await page.locator("#provider").textContent() };
+  if (!seen.brokenGpu.error) seen.brokenGpu.answer = await ask(page, question);
 }
 
 {

@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "samples" / "web"
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 QUESTION = "What news?"
-NOT_THE_MODEL = 1e-2
-"""Mean KL in nats that no rounding gives; a cache or a mask that is wrong gives more than 1."""
+SOFTWARE_GPU_MEAN_KL_NATS = 5e-3
+"""A GPU rounds activations in other blocks than the reference, 4.5e-4 was seen; a wrong mask or cache gives over 1."""
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,14 @@ def test_without_a_real_gpu_the_page_says_why_it_runs_on_the_processor(seen: Any
     assert "no WebGPU: the " in seen["byItself"]["provider"]
 
 
+def test_where_the_gpu_fails_the_page_runs_on_the_processor_and_says_why(seen: Any) -> None:
+    broken = seen["brokenGpu"]
+    assert broken["error"] is None
+    assert broken["provider"].startswith("By WebAssembly")
+    assert "no device today" in broken["provider"]
+    assert broken["answer"]["text"] == seen["wasm"]["answer"]["text"]
+
+
 def test_the_self_test_on_webgpu(seen: Any, capsys: pytest.CaptureFixture[str]) -> None:
     found = seen["webgpu"]
     if found["error"]:
@@ -170,8 +178,8 @@ def test_the_self_test_on_webgpu(seen: Any, capsys: pytest.CaptureFixture[str]) 
     report = found["report"]
     with capsys.disabled():
         print(f"\nWebGPU: {found['verdict']}; {report['parity']}; {report['latency']}")
-    assert found["provider"] == "On the GPU by WebGPU"
-    assert 0 < report["parity"]["mean_kl_nats"] < NOT_THE_MODEL
+    assert found["provider"].startswith("On the GPU by WebGPU")
+    assert 0 < report["parity"]["mean_kl_nats"] < SOFTWARE_GPU_MEAN_KL_NATS
     assert report["greedy"]["agreeing"] == report["greedy"]["compared"] > 0
 
 

@@ -91,8 +91,13 @@ async function load(folder: URL, forced: Forced): Promise<Loaded> {
 
 function showLoaded({ model, format }: Loaded): void {
   const why = model.fallbackReason ? `; no WebGPU: ${model.fallbackReason}` : "";
+  const pieces = Number.isFinite(model.tokensPerCall)
+    ? `, ${model.tokensPerCall} tokens a call: with more of them this GPU answers wrongly`
+    : "";
   page.provider.textContent =
-    model.provider === "webgpu" ? "On the GPU by WebGPU" : `By WebAssembly, ${plural(model.threads, "thread")}${why}`;
+    model.provider === "webgpu"
+      ? `On the GPU by WebGPU${pieces}`
+      : `By WebAssembly, ${plural(model.threads, "thread")}${why}`;
   document.body.dataset.provider = model.provider;
   page.loading.hidden = true;
   page.welcome.hidden = false;
@@ -125,8 +130,9 @@ class Conversation {
       throw new Error(`The conversation has ${prompt.length} tokens, but the cache holds ${context}: start a new chat.`);
     }
     // What the model has read already is not read again, unless the new text is not a continuation of it.
-    const unread = this.cache.ids.every((id, at) => id === prompt[at]) ? prompt.slice(this.cache.ids.length) : prompt;
-    if (unread === prompt) this.forget();
+    const continues = prompt.length > this.cache.ids.length && this.cache.ids.every((id, at) => id === prompt[at]);
+    if (!continues) this.forget();
+    const unread = prompt.slice(this.cache.ids.length);
 
     const started = performance.now();
     let step = await model.advance(this.cache, unread);
@@ -186,12 +192,12 @@ function listen(conversation: Conversation, loaded: Loaded): void {
     };
     try {
       figures.textContent = await conversation.ask(question, page.system.value, stopping.signal, show);
+      scrollToBottom();
     } catch (error) {
       text.parentElement!.remove();
       fail(error);
     }
     setBusy(false);
-    scrollToBottom();
     page.message.focus({ preventScroll: true });
   };
 
@@ -305,6 +311,7 @@ function fail(error: unknown): void {
   if (!(error instanceof BundleError)) console.error(error);
   page.error.textContent = (error as Error).message;
   page.error.hidden = false;
+  page.error.scrollIntoView({ block: "nearest" });
 }
 
 function fitMessage(): void {

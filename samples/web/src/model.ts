@@ -21,6 +21,14 @@ type Runtime = typeof import("onnxruntime-web/wasm");
 const WEIGHTS = "model.onnx.data";
 
 /**
+ * onnxruntime-web 1.30 on WebGPU was seen to answer wrongly, by whole logits, when it reads 32 tokens or more in one
+ * call, and rightly below (Chromium 156, SwiftShader). Each GPU is asked at load; delete this when none does so.
+ */
+const SAFE_TOKENS_PER_CALL = 16;
+const TRIED_TOKENS = 64;
+const LARGEST_DIFFERENCE = 0.01; // of the spread of the logits: seen are 0.00001 where it is right, 0.1 where not
+
+/**
  * Keys and values of the tokens read so far. No call changes one: going back to an earlier position is going on from
  * an earlier cache.
  */
@@ -44,6 +52,8 @@ interface Files {
 
 export class Model {
   readonly empty: Cache;
+  /** More are read in several calls; Infinity where any number comes out right. */
+  tokensPerCall = Infinity;
 
   private constructor(
     private readonly runtime: Runtime,
@@ -98,15 +108,42 @@ export class Model {
     });
     const seconds = (performance.now() - started) / 1000;
     const model = new Model(runtime, session, manifest, provider, fallbackReason, seconds);
-    // A GPU compiles its programs at the first run, and may fail there: better here than at the first question.
-    const { cache, logits } = await model.feed(model.empty, [manifest.model.bos_token_id]);
-    model.release(cache);
-    if (!logits.every(Number.isFinite)) throw new Error(`${provider} computes logits that are not numbers`);
+    try {
+      await model.tryOut();
+    } catch (error) {
+      await session.release(); // the next provider needs the room
+      throw error;
+    }
     return model;
   }
 
+  /**
+   * A GPU compiles its programs at the first run, and may fail there: better here than at the first question. And it
+   * has to answer the same whether it reads tokens in one call or in several.
+   */
+  private async tryOut(): Promise<void> {
+    const { context, model } = this.manifest;
+    const count = this.provider === "webgpu" ? Math.min(TRIED_TOKENS, context) : 1;
+    const ids = Array.from({ length: count }, (_, at) => (model.bos_token_id + 7 * at) % model.vocab_size);
+    const atOnce = await this.read(ids);
+    if (!atOnce.every(Number.isFinite)) throw new Error(`${this.provider} computes logits that are not numbers`);
+    if (count <= SAFE_TOKENS_PER_CALL) return;
+    this.tokensPerCall = SAFE_TOKENS_PER_CALL;
+    const inPieces = await this.read(ids);
+    const difference = inPieces.reduce((largest, logit, id) => Math.max(largest, Math.abs(logit - atOnce[id])), 0);
+    const spread = inPieces.reduce((a, b) => Math.max(a, b)) - inPieces.reduce((a, b) => Math.min(a, b));
+    if (difference <= LARGEST_DIFFERENCE * spread) this.tokensPerCall = Infinity;
+  }
+
+  private async read(ids: readonly number[]): Promise<Float32Array> {
+    const { cache, logits } = await this.feed(this.empty, ids);
+    this.release(cache);
+    return logits;
+  }
+
   get runtimeName(): string {
-    return `onnxruntime-web ${this.runtime.env.versions.web}, ${this.provider}`;
+    const pieces = Number.isFinite(this.tokensPerCall) ? `, ${this.tokensPerCall} tokens a call` : "";
+    return `onnxruntime-web ${this.runtime.env.versions.web}, ${this.provider}${pieces}`;
   }
 
   get threads(): number {
@@ -119,6 +156,17 @@ export class Model {
     if (total > this.manifest.context) {
       throw new Error(`The text has ${total} tokens, but the cache of this bundle holds ${this.manifest.context}.`);
     }
+    let step = await this.call(past, ids.slice(0, this.tokensPerCall));
+    for (let at = this.tokensPerCall; at < ids.length; at += this.tokensPerCall) {
+      const earlier = step.cache;
+      step = await this.call(earlier, ids.slice(at, at + this.tokensPerCall));
+      this.release(earlier);
+    }
+    return step;
+  }
+
+  private async call(past: Cache, ids: readonly number[]): Promise<Step> {
+    const total = past.ids.length + ids.length;
     const { Tensor } = this.runtime;
     const outputs = await this.session.run({
       ...past.tensors,
