@@ -135,8 +135,9 @@ for (const colorScheme of ["light", "dark"]) {
 {
   // A GPU that looks well and gives no device: what a driver that is on the browser's block list does.
   const page = await open("", {}, () => {
-    const device = { requestDevice: () => Promise.reject(new Error("no device today")), features: new Set(), limits: {} };
-    navigator.gpu.requestAdapter = async () => ({ ...device, info: { vendor: "test", isFallbackAdapter: false } });
+    const requestDevice = () => Promise.reject(new Error("no device today"));
+    const info = { vendor: "test", isFallbackAdapter: false };
+    navigator.gpu.requestAdapter = async () => ({ requestDevice, info, features: new Set(), limits: {} });
   });
   seen.brokenGpu = { error: await loaded(page), provider: await page.locator("#provider").textContent() };
   if (!seen.brokenGpu.error) seen.brokenGpu.answer = await ask(page, question);
@@ -145,7 +146,8 @@ for (const colorScheme of ["light", "dark"]) {
 {
   const page = await open("?provider=webgpu&selftest=1");
   const error = await loaded(page);
-  seen.webgpu = error ? { error } : { error, provider: await page.locator("#provider").textContent(), ...(await selfTest(page)) };
+  const provider = await page.locator("#provider").textContent();
+  seen.webgpu = error ? { error } : { error, provider, ...(await selfTest(page)) };
 }
 
 console.log(JSON.stringify({ ...seen, strangers, troubles, browser: browser.version() }, null, 2));

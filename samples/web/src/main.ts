@@ -127,7 +127,8 @@ class Conversation {
     const prompt = this.encode(question, system);
     const { context, model: spec } = bundle.manifest;
     if (prompt.length >= context) {
-      throw new Error(`The conversation has ${prompt.length} tokens, but the cache holds ${context}: start a new chat.`);
+      const found = `The conversation has ${prompt.length} tokens`;
+      throw new Error(`${found}, but the cache holds ${context}: start a new chat.`);
     }
     // What the model has read already is not read again, unless the new text is not a continuation of it.
     const continues = prompt.length > this.cache.ids.length && this.cache.ids.every((id, at) => id === prompt[at]);
@@ -154,8 +155,8 @@ class Conversation {
     const written = performance.now();
     const text = tokenizer.decode(answer);
     show(text);
-    if (this.loaded.format) this.messages.push({ role: "user", content: question }, { role: "assistant", content: text });
-    else this.restart(); // without a format every text stands for itself
+    this.messages.push({ role: "user", content: question }, { role: "assistant", content: text });
+    if (!this.loaded.format) this.restart(); // every text stands for itself
 
     const figures = [`read ${rate(unread.length, read - started)}`];
     if (answer.length > 0) figures.push(`wrote ${rate(answer.length, written - read)}`);

@@ -1,4 +1,4 @@
-/** The exported graph in ONNX Runtime, on the GPU where the browser gives one, and the cache that it reads and writes. */
+/** The exported graph in ONNX Runtime, on the GPU where the browser gives one, and the cache that it goes on from. */
 
 import type { InferenceSession, Tensor } from "onnxruntime-web/wasm";
 import gpuGlue from "onnxruntime-web/ort-wasm-simd-threaded.asyncify.mjs?url";
@@ -78,7 +78,6 @@ export class Model {
   static async load(bundle: Bundle, forced: Forced, progress?: Progress): Promise<Model> {
     const graph = await bundle.read("model.onnx", progress);
     const weights = bundle.has(WEIGHTS) ? await bundle.read(WEIGHTS, progress) : null;
-
     const files = { graph, weights, manifest: bundle.manifest, threads: forced.threads };
 
     let reason = "";

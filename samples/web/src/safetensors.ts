@@ -33,7 +33,9 @@ export function readSafetensors(file: Uint8Array<ArrayBuffer>): Record<string, T
 
 function readTensor(name: string, entry: Entry, file: Uint8Array<ArrayBuffer>, start: number): TensorData {
   const Array = ARRAYS[entry.dtype as keyof typeof ARRAYS];
-  if (!Array) throw new Error(`${name} has the dtype ${entry.dtype}, but goldens have ${Object.keys(ARRAYS).join(", ")}.`);
+  if (!Array) {
+    throw new Error(`${name} has the dtype ${entry.dtype}, but goldens have ${Object.keys(ARRAYS).join(", ")}.`);
+  }
   const [from, to] = entry.data_offsets;
   const bytes = entry.shape.reduce((product, size) => product * size, Array.BYTES_PER_ELEMENT);
   if (to - from !== bytes || start + to > file.length) {

@@ -141,7 +141,10 @@ export function judge(report: DeviceReport, goldens: { floor_kl_nats: number }, 
   ];
 }
 
-export function parityGate(manifest: Pick<Manifest, "scheme">, floorKl: number): { meanKl: number; decidedTop1: number } {
+export function parityGate(
+  manifest: Pick<Manifest, "scheme">,
+  floorKl: number,
+): { meanKl: number; decidedTop1: number } {
   const { compute_dtype, kv_dtype } = manifest.scheme;
   if (compute_dtype === "fp16" || kv_dtype === "fp16") return { meanKl: FP16_MEAN_KL_NATS, decidedTop1: FP16_TOP1 };
   return { meanKl: FLOOR_MULTIPLE * floorKl, decidedTop1: 0 };
