@@ -58,12 +58,14 @@ async function ask(page, text) {
 async function watch(page, text, { stop }) {
   await page.evaluate((stop) => {
     window.stages = [];
-    new MutationObserver(() => {
+    window.observer?.disconnect();
+    window.observer = new MutationObserver(() => {
       const answer = [...document.querySelectorAll(".assistant .text")].at(-1)?.textContent;
       if (!answer || answer === window.stages.at(-1)) return;
       window.stages.push(answer);
       if (stop) document.querySelector("#stop").click();
-    }).observe(document.querySelector("#log"), { subtree: true, childList: true, characterData: true });
+    });
+    window.observer.observe(document.querySelector("#log"), { subtree: true, childList: true, characterData: true });
   }, stop);
   const answer = await ask(page, text);
   return { ...answer, stages: await page.evaluate(() => window.stages) };

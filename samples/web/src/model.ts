@@ -86,7 +86,8 @@ export class Model {
         await requireGpu({ software: forced.provider === "webgpu" });
         return await Model.on("webgpu", files);
       } catch (error) {
-        reason = (error as Error).message;
+        // The runtime may throw what is no Error, or one that says nothing.
+        reason = (error instanceof Error && error.message) || `it failed: ${String(error)}`;
         if (forced.provider) throw new Error(`WebGPU was asked for, but ${reason}.`);
       }
     }
@@ -220,6 +221,8 @@ async function requireGpu({ software }: { software: boolean }): Promise<void> {
   if (isFallbackAdapter && !software) {
     throw new Error(`the GPU is software (${architecture || vendor}), and slower`);
   }
+  // A driver may refuse here; the runtime, which asks again for its own, would only tell a number.
+  (await adapter.requestDevice()).destroy();
 }
 
 function onGpu(manifest: Manifest): Record<string, "gpu-buffer"> {
