@@ -42,6 +42,9 @@ check-web: setup
 
 # The Android sample's library: a JDK of 17 or later, and a download of 80 MB on the first run, which holds the compiler.
 # LLAMA_BUNDLE=folder tests a bundle that is there, in place of two of the sample model.
+check-tutorial: setup
+	$(BIN)/pytest -m web tests/samples/test_tutorial.py
+
 check-kotlin: export KOTLIN_CACHE := $(CURDIR)/.cache/kotlin
 check-kotlin: setup
 	$(BIN)/pytest -m kotlin tests/samples/test_kotlin.py
