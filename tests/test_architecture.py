@@ -24,6 +24,10 @@ LAYERS = (
     ("calibration",),
     ("targets",),
     ("exporter.codes", "exporter.parity", "exporter.quality", "exporter.latency", "exporter.bundle", "exporter.prove"),
+    (
+        *("exporter.bisect", "exporter.limits", "exporter.checks", "exporter.compare"),
+        *("exporter.junit", "exporter.markdown", "exporter.html"),
+    ),
     ("exporter.pipeline", "exporter.texts", "exporter.report", "exporter.progress"),
     ("exporter.cli", "exporter.optimum_command"),
 )
