@@ -257,10 +257,10 @@ def validate(
     progress.stage("checksums")
     manifest = open_bundle(bundle)
     target = targets.load(str(manifest.get("target")))
-    artifact = read_artifact(manifest, path=target.find(bundle))
     unobservable = target.unobservable() if bisect else None
     if unobservable:
         raise UsageError(f"--bisect: {unobservable}", hint="leave it out")
+    artifact = read_artifact(manifest, path=target.find(bundle))
     goldens = Goldens.read(bundle)
     if against is None:
         material = None

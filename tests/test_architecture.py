@@ -24,11 +24,11 @@ LAYERS = (
     ("calibration",),
     ("targets",),
     ("exporter.codes", "exporter.parity", "exporter.quality", "exporter.latency", "exporter.bundle", "exporter.prove"),
+    ("exporter.bisect", "exporter.limits", "exporter.compare"),
     (
-        *("exporter.bisect", "exporter.limits", "exporter.checks", "exporter.compare"),
-        *("exporter.junit", "exporter.markdown", "exporter.html"),
+        *("exporter.pipeline", "exporter.texts", "exporter.report", "exporter.progress"),
+        *("exporter.checks", "exporter.junit", "exporter.markdown", "exporter.html"),
     ),
-    ("exporter.pipeline", "exporter.texts", "exporter.report", "exporter.progress"),
     ("exporter.cli", "exporter.optimum_command"),
 )
 """From the bottom up. A module may import from its own layer and from those below it."""
