@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exporter.model.graph import Graph, Node, Value
+from exporter.model.graph import Graph, Node, Value, Weight
 from exporter.model.reference import FULL_PRECISION, Reference, Weights
 from targets.base import Observer
 
@@ -33,7 +33,7 @@ class Parting:
 
     def __str__(self) -> str:
         place = "outside the layers" if self.node.layer is None else f"layer {self.node.layer}"
-        weights = [argument.name for argument in self.node.arguments if hasattr(argument, "shape")]
+        weights = [argument.name for argument in self.node.arguments if isinstance(argument, Weight)]
         what = f"{self.node.op} {weights[0] if weights else self.node.name}"
         missing = self.difference == float("inf")
         found = "has no counterpart in the file" if missing else f"is off by {self.difference:.1e}"

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from exporter import interrupt
 from exporter.errors import INTERRUPTED, ExportError, InputError, UsageError, gravest
+from exporter.limits import KL_GROWTH, RATE_LOSS, SIZE_GROWTH, Limits, Tolerance
 from exporter.spec import (
     EMBEDDING,
     GROUP_SIZES,
@@ -354,7 +355,6 @@ def validate(
 ) -> None:
     """Prove a bundle again, from its own goldens alone or against its checkpoint."""
     with _reporting() as progress:
-        from exporter.limits import Limits
         from exporter.pipeline import Outcome
         from exporter.pipeline import validate as run
         from exporter.report import ReportFiles, print_annotations, write_reports
@@ -402,24 +402,24 @@ def diff(
     *,
     size_growth: Annotated[
         float, typer.Option("--size-growth", min=0.0, help="Share by which all files may grow.")
-    ] = 0.05,
+    ] = SIZE_GROWTH,
     kl_growth: Annotated[
         float,
         typer.Option(
             "--kl-growth", min=0.0, help="Share of quality's mean KL that may be added to what both intervals explain."
         ),
-    ] = 0.0,
+    ] = KL_GROWTH,
     rate_loss: Annotated[
         float,
         typer.Option(
             "--rate-loss", min=0.0, help="Share of a median rate that may be lost beyond what both ranges explain."
         ),
-    ] = 0.0,
+    ] = RATE_LOSS,
     as_json: JsonOption = False,
 ) -> None:
     """Compare two bundles of one checkpoint: what changed, and whether it got worse (exit 7 parity, 8 the rest)."""
     with _reporting():
-        from exporter.compare import Tolerance, compare
+        from exporter.compare import compare
         from exporter.report import print_comparison
 
         tolerance = Tolerance(size_growth=size_growth, kl_growth=kl_growth, rate_loss=rate_loss)

@@ -9,16 +9,8 @@ from typing import Any
 
 from exporter.bundle import open_bundle
 from exporter.errors import BudgetError, InputError, ParityError, gravest
-from exporter.limits import bundle_bytes
+from exporter.limits import Tolerance, bundle_bytes
 from exporter.spec import Verdict
-
-SIZE_GROWTH = 0.05
-"""Share by which a bundle may grow: tokenizer and goldens aside, codes of one scheme have one size, and a finer group
-size or an int8 head shows at once (int4 groups of 32 in place of 64: 6 %)."""
-KL_GROWTH = 0.0
-"""Share of the old mean KL that may be added beyond what both 95 % intervals explain."""
-RATE_LOSS = 0.0
-"""Share of the old median rate that may be lost beyond what both ranges of runs explain."""
 
 _FACTS = ("precision", "scheme", "context", "logits", "prefer", "target", "backend", "calibration", "tools")
 _FIGURES = {
@@ -28,15 +20,6 @@ _FIGURES = {
 }
 _RESULTS_OF_A_RUN = ("seconds",)
 """Of the calibration: differs each time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tolerance:
-    """How much worse is not yet worse, as shares of the old figure."""
-
-    size_growth: float = SIZE_GROWTH
-    kl_growth: float = KL_GROWTH
-    rate_loss: float = RATE_LOSS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,10 +181,10 @@ def _worse_rates(old: Mapping[str, Any], new: Mapping[str, Any], *, share: float
     if any(old.get(fact) != new.get(fact) for fact in ("host", "threads")):
         return
     for name in ("prefill", "decode"):
-        ranges = [report.get(f"{name}_tokens_per_s_range") for report in (old, new)]
-        if None in ranges:
+        before, after = (report.get(f"{name}_tokens_per_s_range") for report in (old, new))
+        if before is None or after is None:
             continue
-        (low, _), (_, high) = ranges
+        low, high = before[0], after[1]
         allowed = low - share * old[f"{name}_tokens_per_s"]
         if high < allowed:
             yield (

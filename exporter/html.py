@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import html as markup
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from exporter.bundle import Goldens
@@ -55,7 +56,7 @@ def html(outcomes: Sequence[Outcome]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width">\n'
-        f"<title>{escape(', '.join(map(title, outcomes)))}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{_text(', '.join(map(title, outcomes)))}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
@@ -63,17 +64,17 @@ def html(outcomes: Sequence[Outcome]) -> str:
 def _section(outcome: Outcome) -> str:
     verdict = verdict_of(outcome)
     rows = "\n".join(
-        f'<tr><td>{escape(row.name)}</td><td class="{_class(row.verdict)}">{row.verdict}</td>'
-        f"<td>{escape(row.figure)}</td><td>{escape(row.bound)}</td><td>{escape(row.reason)}</td></tr>"
+        f'<tr><td>{_text(row.name)}</td><td class="{_class(row.verdict)}">{row.verdict}</td>'
+        f"<td>{_text(row.figure)}</td><td>{_text(row.bound)}</td><td>{_text(row.reason)}</td></tr>"
         for row in checks(outcome)
     )
     parts = [
-        f'<h1>{escape(title(outcome))}: <span class="{_class(verdict)}">{verdict}</span></h1>',
+        f'<h1>{_text(title(outcome))}: <span class="{_class(verdict)}">{verdict}</span></h1>',
         "<table>\n<tr><th>check</th><th>verdict</th><th>figure</th><th>bound</th><th>reason</th></tr>",
         f"{rows}\n</table>",
     ]
     if outcome.bisection:
-        parts.append(f"<p>Bisected: {escape(outcome.bisection)}</p>")
+        parts.append(f"<p>Bisected: {_text(outcome.bisection)}</p>")
     if outcome.manifest is not None and not outcome.error:
         goldens = Goldens.read(outcome.folder)
         parts += [*_parity_plots(outcome.manifest["parity"], goldens), _greedy_plot(goldens)]
@@ -158,7 +159,7 @@ def _latency_table(latency: dict[str, Any]) -> str:
         )
     caption = (
         f"Median and range of {latency['runs']} runs, {latency['prompt_tokens']} tokens read and "
-        f"{latency['decoded_tokens']} written, {latency['threads']} threads, {escape(latency['host'])}; loaded in "
+        f"{latency['decoded_tokens']} written, {latency['threads']} threads, {_text(latency['host'])}; loaded in "
         f"{latency['load_s']:.3g} s, first token after {latency['time_to_first_token_ms']:.3g} ms"
     )
     return f"<figure><table>{''.join(rows)}</table><figcaption>{caption}</figcaption></figure>"
@@ -194,9 +195,9 @@ def _plot(dots: Sequence[_Dot], *, caption: str, labels: tuple[str, str], log: b
         if first <= x <= last:
             drawn.append(f'<text x="{across(x):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{x}</text>')
     middle = (_TOP + _HEIGHT - _BOTTOM) / 2
-    drawn.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(labels[0])}</text>')
+    drawn.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{_text(labels[0])}</text>')
     turned = f'transform="rotate(-90 14 {middle})"'
-    drawn.append(f'<text x="14" y="{middle}" text-anchor="middle" {turned}>{escape(labels[1])}</text>')
+    drawn.append(f'<text x="14" y="{middle}" text-anchor="middle" {turned}>{_text(labels[1])}</text>')
     if bound is not None and math.isfinite(bound):
         y = down(bound)
         drawn.append(f'<line class="bound" x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}"/>')
@@ -204,10 +205,10 @@ def _plot(dots: Sequence[_Dot], *, caption: str, labels: tuple[str, str], log: b
         kind, radius = ("bad", 3.5) if dot.bad else ("dot", 2.5)
         drawn.append(
             f'<circle class="{kind}" cx="{across(dot.x):.1f}" cy="{down(dot.y):.1f}" r="{radius}">'
-            f"<title>{escape(dot.label)}</title></circle>"
+            f"<title>{_text(dot.label)}</title></circle>"
         )
     picture = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img">'
-    return f"<figure>{picture}{''.join(drawn)}</svg><figcaption>{escape(caption)}</figcaption></figure>"
+    return f"<figure>{picture}{''.join(drawn)}</svg><figcaption>{_text(caption)}</figcaption></figure>"
 
 
 def _scaled(value: float, *, log: bool) -> float:
@@ -216,3 +217,8 @@ def _scaled(value: float, *, log: bool) -> float:
 
 def _class(verdict: Verdict) -> str:
     return verdict.value.replace(" ", "-")
+
+
+def _text(words: str) -> str:
+    """Safe in elements and attributes, without the control characters that no document may hold."""
+    return markup.escape(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", words))

@@ -1,4 +1,4 @@
-"""Limits that a run of ``validate`` sets beyond the gates of every bundle: what one app, or one CI job, can bear."""
+"""Limits beyond the gates of every bundle: what one app, or one CI job, can bear, of one bundle or of the next one."""
 
 from __future__ import annotations
 
@@ -20,6 +20,24 @@ class Limits:
     max_load_s: float | None = None
     max_size_mb: float | None = None
     """MB (1e6 bytes) of all files that the manifest lists: what an app downloads."""
+
+
+SIZE_GROWTH = 0.05
+"""Share by which a bundle may grow: codes of one scheme have one size, and a tokenizer or goldens hardly matter; int4
+groups of 32 in place of 64 are 6 % of the body with scales in bf16, and 11 % in float32."""
+KL_GROWTH = 0.0
+"""Share of the old mean KL that may be added to what both 95 % intervals explain."""
+RATE_LOSS = 0.0
+"""Share of the old median rate that may be lost beyond what both ranges of runs explain."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """How much worse a second bundle may be before ``diff`` calls it worse, as shares of the first one's figures."""
+
+    size_growth: float = SIZE_GROWTH
+    kl_growth: float = KL_GROWTH
+    rate_loss: float = RATE_LOSS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def annotations(outcomes: Sequence[Outcome]) -> list[str]:
+def workflow_commands(outcomes: Sequence[Outcome]) -> list[str]:
     """GitHub's workflow commands: an error for each check that failed, a notice for each that was not measured
     (docs.github.com, "Workflow commands for GitHub Actions")."""
     commands = []

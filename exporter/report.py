@@ -73,9 +73,9 @@ def write_reports(outcomes: Sequence[Outcome], files: ReportFiles) -> None:
 
 def print_annotations(outcomes: Sequence[Outcome]) -> None:
     """GitHub workflow commands, each a line of its own, for what is not green."""
-    from exporter.markdown import annotations
+    from exporter.markdown import workflow_commands
 
-    for command in annotations(outcomes):
+    for command in workflow_commands(outcomes):
         print(command)
 
 

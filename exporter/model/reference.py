@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exporter.model.eager import eager_table
-from exporter.model.graph import Graph, Node, Value, Weight, walk
+from exporter.model.graph import Graph, Node, Table, Value, Weight, walk
 from exporter.quantized import QuantizedTensor
 from exporter.spec import SMALLEST_ABSMAX, Activations, Arithmetic, activation_block
 from exporter.store import StoredWeight
@@ -84,7 +84,8 @@ class Reference:
     @torch.no_grad()
     def compute(self, node: Node, values: Mapping[Value, Tensor]) -> tuple[Tensor, ...]:
         """The results of one op of the graph on ``values`` of somebody else; nothing is remembered."""
-        result = self._table[node.op](*(values[a] if isinstance(a, Value) else a for a in node.arguments))
+        table: Table = self._table
+        result = table[node.op](*(values[a] if isinstance(a, Value) else a for a in node.arguments))
         return result if isinstance(result, tuple) else (result,)
 
     def rewind(self, position: int) -> None:

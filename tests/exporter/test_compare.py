@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from exporter.bundle import MANIFEST, SCHEMA, file_entries, write_json
 from exporter.cli import app
-from exporter.compare import Tolerance, compare_manifests
+from exporter.compare import compare_manifests
+from exporter.limits import Tolerance
 
 RUNNER = CliRunner()
 OLD: dict[str, Any] = {

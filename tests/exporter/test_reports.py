@@ -20,7 +20,7 @@ from exporter.errors import InputError
 from exporter.html import html
 from exporter.junit import junit
 from exporter.limits import Limits, check_limits
-from exporter.markdown import annotations, markdown
+from exporter.markdown import markdown, workflow_commands
 from exporter.parity import Drive, GoldenLogits
 from exporter.pipeline import Outcome
 from exporter.report import ReportFiles, write_reports
@@ -172,13 +172,13 @@ def test_a_table_in_markdown_keeps_its_columns_whatever_a_reason_says(folder: Pa
 
 
 def test_annotations_are_one_line_each_with_their_properties_escaped(folder: Path) -> None:
-    found = annotations([failing(folder)])
+    found = workflow_commands([failing(folder)])
     assert [command.split(" ")[0] for command in found] == ["::error"] * 3 + ["::notice", "::error"]
     assert found[0] == (
         f"::error file={folder}/manifest.json,title=toy int4%2C onnxruntime%3A codes::"
         "a | b <script>%0A100%25 \\, wrong: \x00 yes"
     )
-    assert annotations([outcome_of(folder)]) == []
+    assert workflow_commands([outcome_of(folder)]) == []
 
 
 def test_the_html_report_opens_without_a_network_and_is_the_same_each_time(folder: Path) -> None:
