@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,8 @@ from typer.core import TyperGroup
 
 from exporter import interrupt
 from exporter.cli_bundle import JsonOption, ThreadsOption, add_bundle_commands
-from exporter.errors import gravest
+from exporter.errors import ExportError, UsageError, gravest
+from exporter.limits import KL_GROWTH, RATE_LOSS, SIZE_GROWTH, Limits, Tolerance
 from exporter.reporting import reporting
 from exporter.spec import (
     Method,
@@ -97,6 +99,15 @@ ColumnOption = Annotated[
         rich_help_panel=CALIBRATION,
     ),
 ]
+LIMITS, REPORTS = "Limits", "Reports"
+
+
+def _limit(name: str, told: str) -> Any:
+    return typer.Option(name, min=0.0, help=told, show_default="no limit", rich_help_panel=LIMITS)
+
+
+def _report(name: str, told: str) -> Any:
+    return typer.Option(name, dir_okay=False, help=told, show_default=False, rich_help_panel=REPORTS)
 
 
 @app.command()
@@ -292,24 +303,133 @@ def validate(
     store: StoreOption = None,
     eval_text: EvalTextOption = None,
     threads: ThreadsOption = 2,
+    max_mean_kl: Annotated[
+        float | None,
+        _limit("--max-mean-kl", "Mean KL in nats that quantization may have cost. Needs --against."),
+    ] = None,
+    min_decode_rate: Annotated[
+        float | None, _limit("--min-decode-rate", "Tokens per second that decoding has to reach on this host.")
+    ] = None,
+    max_load_s: Annotated[float | None, _limit("--max-load-s", "Seconds that loading may take on this host.")] = None,
+    max_size_mb: Annotated[
+        float | None, _limit("--max-size-mb", "MB (1e6 bytes) that all files of the bundle may take.")
+    ] = None,
+    bisect: Annotated[
+        bool,
+        typer.Option(
+            "--bisect", help="Name the first layer and op where artifact and reference part. Needs --against."
+        ),
+    ] = False,
+    junit: Annotated[Path | None, _report("--junit", "Write JUnit XML.")] = None,
+    markdown: Annotated[Path | None, _report("--markdown", "Write a summary in GitHub's Markdown.")] = None,
+    html: Annotated[Path | None, _report("--html", "Write a report with plots, in one file.")] = None,
+    json_file: Annotated[Path | None, _report("--json-file", "Write what --json prints.")] = None,
+    annotate: Annotated[
+        bool | None,
+        typer.Option(
+            "--annotations/--no-annotations",
+            help="Print GitHub workflow commands for what is not green.",
+            show_default="where GITHUB_ACTIONS is true, without --json",
+            rich_help_panel=REPORTS,
+        ),
+    ] = None,
+    device_reports: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--device-report",
+            help="What a sample app wrote on a phone: judged in place of this host, and kept in the manifest. Can be "
+            "repeated.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prove a bundle again, from its own goldens alone or against its checkpoint."""
     with reporting() as progress:
+        from exporter.pipeline import Outcome, validate_device
         from exporter.pipeline import validate as run
         from exporter.planning import default_store
+        from exporter.report import ReportFiles, print_annotations, write_reports
 
-        outcome = run(
-            bundle,
-            against=against,
-            corpus=corpus,
-            corpus_column=column,
-            store_root=store or default_store(),
-            evaluation_text=eval_text,
-            threads=threads,
-            progress=progress,
+        if annotate and as_json:
+            raise UsageError("--annotations and --json both want stdout", hint="take --json-file for one of them")
+        annotate = annotate or (annotate is None and not as_json and os.environ.get("GITHUB_ACTIONS") == "true")
+        if device_reports and (against or bisect):
+            raise UsageError(
+                "--device-report proves nothing on this host",
+                hint=f"leave {'--against' if against else '--bisect'} out, or validate twice",
+            )
+        files = ReportFiles(junit=junit, markdown=markdown, html=html, json_file=json_file)
+        limits = Limits(
+            max_mean_kl_nats=max_mean_kl,
+            min_decode_tokens_per_s=min_decode_rate,
+            max_load_s=max_load_s,
+            max_size_mb=max_size_mb,
         )
-    _print_outcomes([outcome], as_json=as_json)
+        try:
+            outcomes = [
+                validate_device(bundle, report, limits=limits, progress=progress) for report in device_reports or ()
+            ] or [
+                run(
+                    bundle,
+                    against=against,
+                    corpus=corpus,
+                    corpus_column=column,
+                    store_root=store or default_store(),
+                    evaluation_text=eval_text,
+                    threads=threads,
+                    limits=limits,
+                    bisect=bisect,
+                    progress=progress,
+                )
+            ]
+        except UsageError:
+            raise
+        except ExportError as error:  # a refused bundle is a result, too
+            refused = [Outcome(target="", folder=bundle, error=error)]
+            write_reports(refused, files)
+            if annotate:
+                print_annotations(refused)
+            raise
+        write_reports(outcomes, files)
+    if annotate:
+        print_annotations(outcomes)
+    _print_outcomes(outcomes, as_json=as_json)
+
+
+@app.command()
+def diff(
+    old: Annotated[Path, typer.Argument(help="A bundle.")],
+    new: Annotated[Path, typer.Argument(help="Another one, of the same checkpoint.")],
+    *,
+    size_growth: Annotated[
+        float, typer.Option("--size-growth", min=0.0, help="Share by which all files may grow.")
+    ] = SIZE_GROWTH,
+    kl_growth: Annotated[
+        float,
+        typer.Option(
+            "--kl-growth", min=0.0, help="Share of quality's mean KL that may be added to what both intervals explain."
+        ),
+    ] = KL_GROWTH,
+    rate_loss: Annotated[
+        float,
+        typer.Option(
+            "--rate-loss", min=0.0, help="Share of a median rate that may be lost beyond what both ranges explain."
+        ),
+    ] = RATE_LOSS,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two bundles of one checkpoint: what changed, and whether it got worse (exit 7 parity, 8 the rest)."""
+    with reporting():
+        from exporter.compare import compare
+        from exporter.report import print_comparison
+
+        tolerance = Tolerance(size_growth=size_growth, kl_growth=kl_growth, rate_loss=rate_loss)
+        found = compare(old, new, tolerance)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        print_comparison(found)
+    raise typer.Exit(found.exit_code)
 
 
 @app.command()

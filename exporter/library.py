@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 from calibration.layers import SILENT
 from exporter import pipeline
 from exporter.generation import Conversation, Decoding, OpenedBundle, open_for_running
+from exporter.limits import Limits
 from exporter.planning import DEFAULT_THREADS, default_store
 from exporter.spec import Plan, Progress
 
@@ -49,6 +50,8 @@ def validate(
         store_root=Path(store) if store else default_store(),
         evaluation_text=Path(eval_text) if eval_text else None,
         threads=threads,
+        limits=Limits(),
+        bisect=False,
         progress=progress,
     )
 

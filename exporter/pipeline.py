@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import targets
 from calibration.layers import Calibration, CalibrationText, quantize
 from calibration.sensitivity import meet_budget, meet_kl, open_matrices, refuse_budget
 from exporter import interrupt
+from exporter.bisect import find_partings, told
 from exporter.bundle import (
     Goldens,
     Verdicts,
@@ -27,8 +28,10 @@ from exporter.bundle import (
 )
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.codes import weight_digests
+from exporter.device import fold
 from exporter.errors import BudgetError, CapacityError, ExportError, InputError, ParityError, UsageError, gravest
 from exporter.files import folder_in_progress, put_in_place
+from exporter.limits import Limits, check_limits
 from exporter.model.graph import Graph
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace
@@ -71,13 +74,22 @@ class Outcome:
     folder: Path
     manifest: Mapping[str, Any] | None = None
     error: ExportError | None = None
+    limits: Mapping[str, Report] = field(default_factory=dict)
+    """What ``validate`` was asked to hold beyond the gates of every bundle."""
+    errors_by_tensor: Mapping[str, float] = field(default_factory=dict)
+    """What quantization lost of each matrix, where the store was at hand (``exporter.store.TensorError``)."""
+    bisection: str = ""
+    """Where artifact and reference part, in a sentence, if that was asked and looked for."""
 
     @property
     def exit_code(self) -> int:
         if self.error or self.manifest is None:
             return self.error.exit_code if self.error else 0
         failed = [kind for kind in _FAILURES if self.manifest[kind]["verdict"] == Verdict.FAILED]
-        return gravest(_FAILURES[kind].exit_code for kind in failed)
+        codes = [_FAILURES[kind].exit_code for kind in failed]
+        if any(report.verdict is Verdict.FAILED for report in self.limits.values()):
+            codes.append(BudgetError.exit_code)
+        return gravest(codes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,16 +245,28 @@ def validate(
     store_root: Path,
     evaluation_text: Path | None,
     threads: int,
+    limits: Limits,
+    bisect: bool,
     progress: Progress,
 ) -> Outcome:
     """Prove a bundle again: every byte, then its codes, parity and latency from its own goldens; with the checkpoint
-    also both steps of parity, and quality. Raises InputError for a bundle that is not whole."""
+    also both steps of parity, and quality; then the ``limits``. Raises InputError for a bundle that is not whole."""
+    if limits.max_mean_kl_nats is not None and against is None:
+        raise UsageError(
+            "--max-mean-kl bounds quality, which needs the checkpoint", hint="name it with --against, or leave it out"
+        )
+    if bisect and against is None:
+        raise UsageError("--bisect compares with the checkpoint", hint="name it with --against, or leave --bisect out")
     progress.stage("checksums")
     manifest = open_bundle(bundle)
     target = targets.load(str(manifest.get("target")))
+    unobservable = target.unobservable() if bisect else None
+    if unobservable:
+        raise UsageError(f"--bisect: {unobservable}", hint="leave it out")
     artifact = read_artifact(manifest, path=target.find(bundle))
     goldens = Goldens.read(bundle)
     if against is None:
+        material = None
         codes, parity, quality = _prove_alone(target, artifact, goldens, threads=threads, progress=progress)
     else:
         recipe, sampling = read_calibration(manifest, bundle=bundle)
@@ -265,13 +289,48 @@ def validate(
         progress.stage("reading the checkpoint")
         checkpoint = open_checkpoint(against)
         _check_source(manifest, checkpoint, bundle=bundle)
-        codes, parity, quality = _prove_against(
-            checkpoint, plan, target, artifact, goldens, recorded=manifest["calibration"], progress=progress
-        )
+        tokenizer, graph = Tokenizer(bundle), trace(checkpoint.spec)
+        material = _quantize(plan, checkpoint, tokenizer, graph, recorded=manifest["calibration"], progress=progress)
+        codes, parity, quality = _prove_against(material, target, artifact, goldens, progress=progress)
+    bisection = ""
+    if bisect and material and Verdict.FAILED in (codes.verdict, parity.verdict):
+        progress.stage("bisecting")
+        bisection = _bisect(target, artifact, material, goldens)
     progress.stage("latency")
     latency = prove_latency(target, artifact, ids=goldens.drive.ids, threads=threads)
     verdicts = Verdicts(codes=codes, parity=parity, quality=quality, latency=latency)
-    return Outcome(target=target.name, folder=bundle, manifest={**manifest, **verdicts.to_json()})
+    proven = {**manifest, **verdicts.to_json()}
+    return Outcome(
+        target=target.name,
+        folder=bundle,
+        manifest=proven,
+        limits=check_limits(proven, limits),
+        errors_by_tensor=_errors_by_tensor(material.store) if material else {},
+        bisection=bisection,
+    )
+
+
+def validate_device(bundle: Path, report: Path, *, limits: Limits, progress: Progress) -> Outcome:
+    """Judge what a device said of a bundle, and keep it in the manifest. The outcome has the device's parity and
+    latency in place of this host's. Raises InputError as ``exporter.device.fold``."""
+    progress.stage("device report")
+    entry = fold(bundle, report)
+    manifest = open_bundle(bundle)
+    proven = {**manifest, "parity": entry["parity"], "latency": entry["latency"]}
+    return Outcome(target=manifest["target"], folder=bundle, manifest=proven, limits=check_limits(proven, limits))
+
+
+def _bisect(target: Target, artifact: Artifact, material: Material, goldens: Goldens) -> str:
+    """Over the first prefill of the goldens and one token after it."""
+    graph, drive = material.graph, goldens.drive
+    observer = target.observer(artifact, graph=graph, threads=material.plan.threads)
+    partings = find_partings(observer, graph, material.store, ids=drive.ids[: drive.prefills[0] + 1])
+    return told(partings, ops=len(graph.nodes))
+
+
+def _errors_by_tensor(store: WeightStore) -> dict[str, float]:
+    """Empty for floats, of which nothing was lost but their last places."""
+    return {name: error.stored for name, error in store.read_errors().items()} if store.scheme.body.bits else {}
 
 
 def _prove_alone(
@@ -291,24 +350,15 @@ def _prove_alone(
 
 
 def _prove_against(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    target: Target,
-    artifact: Artifact,
-    goldens: Goldens,
-    *,
-    recorded: Mapping[str, Any],
-    progress: Progress,
+    material: Material, target: Target, artifact: Artifact, goldens: Goldens, *, progress: Progress
 ) -> tuple[Report, Report, Report]:
-    """Codes, parity and quality against a reference with the checkpoint's own weights, calibrated as ``recorded``."""
-    tokenizer = Tokenizer(artifact.path.parent)
-    material = _quantize(plan, checkpoint, tokenizer, trace(checkpoint.spec), recorded=recorded, progress=progress)
+    """Codes, parity and quality against a reference with the checkpoint's own weights, calibrated as recorded."""
     store, graph = material.store, material.graph
     progress.stage("codes")
     codes = prove_codes(target, artifact, expected=weight_digests(store))
     progress.stage("parity")
     answers = ask_reference(graph, store, artifact, goldens.drive)
-    parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=plan)
+    parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=material.plan)
     progress.stage("quality")
     quality = _quality_by_target([target], material, progress=progress)[target.name]
     return codes, parity, quality

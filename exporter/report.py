@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from exporter.files import written_whole
 from exporter.spec import Verdict
 
 if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
+    from exporter.compare import Comparison
     from exporter.pipeline import Outcome
     from targets.base import Target
 
 _STYLES = {Verdict.PASSED: "green", Verdict.FAILED: "bold red", Verdict.NOT_MEASURED: "yellow"}
 _PIPED_WIDTH = 120
+_LISTS = ("kl_by_position_nats", "top1_missed")
+"""Figures for plots, too long for a table (``exporter.parity``)."""
 _KINDS = ("codes", "parity", "quality", "latency")
 
 
@@ -31,7 +38,45 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         result["error"] = {"message": str(outcome.error), "hint": outcome.error.hint}
     if outcome.manifest:
         result["manifest"] = dict(outcome.manifest)
+    if outcome.limits:
+        result["limits"] = {name: report.to_json() for name, report in outcome.limits.items()}
+    if outcome.bisection:
+        result["bisection"] = outcome.bisection
     return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportFiles:
+    """Where the outcome of ``validate`` is to be written, beside what is printed; None: nowhere."""
+
+    junit: Path | None = None
+    markdown: Path | None = None
+    html: Path | None = None
+    json_file: Path | None = None
+
+
+def write_reports(outcomes: Sequence[Outcome], files: ReportFiles) -> None:
+    """Each of ``files`` whole or not at all; its folder is made where there is none."""
+    from exporter.html import html
+    from exporter.junit import junit
+    from exporter.markdown import markdown
+
+    def as_json(outcomes: Sequence[Outcome]) -> str:
+        return json.dumps([outcome_json(outcome) for outcome in outcomes], indent=2) + "\n"
+
+    makers = ((files.junit, junit), (files.markdown, markdown), (files.html, html), (files.json_file, as_json))
+    for path, make in makers:
+        if path is not None:
+            with written_whole(path) as temporary:
+                temporary.write_text(make(outcomes), encoding="utf-8")
+
+
+def print_annotations(outcomes: Sequence[Outcome]) -> None:
+    """GitHub workflow commands, each a line of its own, for what is not green."""
+    from exporter.markdown import workflow_commands
+
+    for command in workflow_commands(outcomes):
+        print(command)
 
 
 def print_outcomes(outcomes: list[Outcome]) -> None:
@@ -68,10 +113,39 @@ def print_outcomes(outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
         if outcome.manifest:
             console.print(_parity_line(outcome), highlight=False, soft_wrap=True)
+    for outcome in outcomes:
+        reasons += [
+            f"{outcome.target}: limit {report.verdict}: {report.reason}"
+            for report in outcome.limits.values()
+            if report.reason
+        ]
+        if outcome.bisection:
+            reasons.append(f"{outcome.target}: bisected: {outcome.bisection}")
     for reason in reasons:
         console.print(reason, highlight=False, soft_wrap=True)
     for outcome in outcomes:
         console.print(f"{outcome.target}: {outcome.folder}", highlight=False, soft_wrap=True)
+
+
+def print_comparison(found: Comparison) -> None:
+    """Figures side by side, then what changed, then what got worse."""
+    console = _console()
+    figures = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("figure", "old", "new", "ratio"):
+        figures.add_column(heading, justify="left" if heading == "figure" else "right")
+    for figure in found.figures:
+        figures.add_row(
+            figure.name,
+            *(_number(value, "{:.4g}") for value in (figure.old, figure.new)),
+            _number(figure.ratio, "{:.3f}"),
+        )
+    console.print(figures)
+    for change in found.changes:
+        console.print(f"{change.name}: {change.old} -> {change.new}", highlight=False, soft_wrap=True, markup=False)
+    for sentence in (*found.parity_lost, *found.budget_lost):
+        console.print(f"worse: {sentence}", style="bold red", highlight=False, soft_wrap=True, markup=False)
+    if not found.exit_code:
+        console.print("no worse", highlight=False)
 
 
 def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -133,7 +207,7 @@ def _flatten(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
             rows += _flatten(value, f"{prefix}{name}.")
         elif name == "files" and isinstance(value, list):
             rows += [(f"{prefix}files.{entry['path']}", f"{entry['bytes']:,} bytes") for entry in value]
-        else:
+        elif name not in _LISTS:
             rows.append((f"{prefix}{name}", value))
     return rows
 
@@ -141,6 +215,8 @@ def _flatten(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
 def _parity_line(outcome: Outcome) -> str:
     assert outcome.manifest is not None
     parity = outcome.manifest["parity"]
+    if parity["mean_kl_nats"] is None:
+        return f"{outcome.target}: parity not measured; {parity['runtime']}"
     structure = parity["structure_max_abs_logit_diff"]
     told = "not run" if structure is None else f"{structure:.1e}"
     return (

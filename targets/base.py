@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from exporter.errors import InputError
-from exporter.model.graph import Graph
+from exporter.model.graph import Graph, Value
 from exporter.spec import Arithmetic, Artifact, ModelSpec, Plan, Prefer, WeightScheme
 from exporter.store import StoredWeight, WeightStore
 
@@ -93,6 +93,15 @@ def make_artifact(target: Target, *, spec: ModelSpec, plan: Plan, path: Path) ->
     )
 
 
+class Observer(Protocol):
+    """An artifact whose inner values can be seen, with activations unrounded."""
+
+    def observe(self, ids: Sequence[int], caches: dict[str, Tensor]) -> Mapping[Value, Tensor]:
+        """What one call computes after ``caches`` (``past_k.0``, ... float32 ``[1, KV, P, D]``), by the values of the
+        graph; one that has no counterpart is absent."""
+        ...
+
+
 class Target(Protocol):
     """One toolchain that turns a graph and its weights into a file that a device runs."""
 
@@ -147,4 +156,12 @@ class Target(Protocol):
 
     def latency_unmeasurable(self) -> str | None:
         """Why latency cannot be measured on this host, in one sentence; None if it can."""
+        ...
+
+    def unobservable(self) -> str | None:
+        """Why ``observer`` cannot be had, in one sentence; None if it can."""
+        ...
+
+    def observer(self, artifact: Artifact, *, graph: Graph, threads: int) -> Observer:
+        """The artifact's file run with activations unrounded and its inner values open, for ``validate --bisect``."""
         ...

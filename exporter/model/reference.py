@@ -6,7 +6,7 @@ So a difference between an artifact and its reference is a fault of the lowering
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exporter.model.eager import eager_table
-from exporter.model.graph import Graph, Value, Weight, walk
+from exporter.model.graph import Graph, Node, Table, Value, Weight, walk
 from exporter.quantized import QuantizedTensor
 from exporter.spec import SMALLEST_ABSMAX, Activations, Arithmetic, activation_block
 from exporter.store import StoredWeight
@@ -80,6 +80,13 @@ class Reference:
         logits: Tensor = outputs.pop("logits")
         self._caches = {name.replace("present_", "past_"): value for name, value in outputs.items()}
         return logits[0]
+
+    @torch.no_grad()
+    def compute(self, node: Node, values: Mapping[Value, Tensor]) -> tuple[Tensor, ...]:
+        """The results of one op of the graph on ``values`` of somebody else; nothing is remembered."""
+        table: Table = self._table
+        result = table[node.op](*(values[a] if isinstance(a, Value) else a for a in node.arguments))
+        return result if isinstance(result, tuple) else (result,)
 
     def rewind(self, position: int) -> None:
         """Forget every token from ``position`` on."""

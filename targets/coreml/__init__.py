@@ -19,7 +19,7 @@ from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Pr
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
     from exporter.store import StoredWeight, WeightStore
-    from targets.base import Runner, Target
+    from targets.base import Observer, Runner, Target
 
 _PACKAGE = "model.mlpackage"
 
@@ -109,6 +109,12 @@ class CoreMLTarget:
         if executes_here():
             return None
         return "Core ML runs these packages on macOS 15 and later only; the evaluator's time says nothing about it"
+
+    def unobservable(self) -> str | None:
+        return "not yet available for Core ML packages, whose evaluator gives nothing but outputs"
+
+    def observer(self, artifact: Artifact, *, graph: Graph, threads: int) -> Observer:
+        raise NotImplementedError(self.unobservable())
 
 
 TARGET: Target = CoreMLTarget()

@@ -24,7 +24,7 @@ from exporter.spec import (
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
     from exporter.store import StoredWeight, WeightStore
-    from targets.base import Runner, Target
+    from targets.base import Observer, Runner, Target
 
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
 
@@ -103,6 +103,14 @@ class OnnxRuntimeTarget:
 
     def latency_unmeasurable(self) -> str | None:
         return None
+
+    def unobservable(self) -> str | None:
+        return None
+
+    def observer(self, artifact: Artifact, *, graph: Graph, threads: int) -> Observer:
+        from targets.onnxruntime.observe import OnnxRuntimeObserver
+
+        return OnnxRuntimeObserver(artifact, graph, threads=threads)
 
 
 TARGET: Target = OnnxRuntimeTarget()

@@ -1,0 +1,99 @@
+"""Where an artifact parts from its reference: each op computed anew from the values that the artifact itself gave it.
+
+So a fault shows in the op that has it, and not in all that follow; and rounding does not add up from op to op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exporter.model.graph import Graph, Node, Value, Weight
+from exporter.model.reference import FULL_PRECISION, Reference, Weights
+from targets.base import Observer
+
+PARTS_AT = 1e-5
+"""Largest difference over the reference's largest value. Float32 sums in another order differ by up to 1e-6 of it in
+the sample, over 768 columns."""
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parting:
+    """One op that does not give what the reference gives for the same inputs."""
+
+    node: Node
+    difference: float
+    """Largest one, over the reference's largest value; infinite where the artifact has no such value."""
+    call: str
+
+    def __str__(self) -> str:
+        place = "outside the layers" if self.node.layer is None else f"layer {self.node.layer}"
+        weights = [argument.name for argument in self.node.arguments if isinstance(argument, Weight)]
+        what = f"{self.node.op} {weights[0] if weights else self.node.name}"
+        missing = self.difference == float("inf")
+        found = "has no counterpart in the file" if missing else f"is off by {self.difference:.1e}"
+        return f"{place}, {what} {found} ({self.call})"
+
+
+def find_partings(observer: Observer, graph: Graph, weights: Weights, *, ids: Sequence[int]) -> list[Parting]:
+    """Every op that parts, in the order of the graph, over a prefill of all ``ids`` but the last, and its decoding."""
+    reference = Reference(graph, weights, FULL_PRECISION)
+    spec = graph.spec
+    caches = {
+        name: torch.zeros(1, spec.num_key_value_heads, 0, spec.head_dim)
+        for name in graph.inputs
+        if name.startswith("past_")
+    }
+    partings: dict[str, Parting] = {}
+    for call, some in (("prefill", ids[:-1]), ("decode", ids[-1:])):
+        seen = observer.observe(some, caches)
+        values: dict[Value, Tensor] = {Value("ids"): torch.tensor([list(some)])}
+        values |= {Value(name): cache for name, cache in caches.items()}
+        for node in graph.nodes:
+            difference = _compute(node, reference, values, seen)
+            if not difference <= PARTS_AT and node.name not in partings:
+                partings[node.name] = Parting(node=node, difference=difference, call=call)
+        caches = {
+            name.replace("present_", "past_"): values[value]
+            for name, value in graph.outputs.items()
+            if name.startswith("present_")
+        }
+    order = {node.name: index for index, node in enumerate(graph.nodes)}
+    return sorted(partings.values(), key=lambda parting: order[parting.node.name])
+
+
+def _compute(node: Node, reference: Reference, values: dict[Value, Tensor], seen: Mapping[Value, Tensor]) -> float:
+    """Run one op on ``values``, add the artifact's own results to them, and give how far those are from it."""
+    results = reference.compute(node, values)
+    worst = 0.0
+    for index, expected in enumerate(results):
+        value = Value(node.name, index)
+        got = seen.get(value)
+        if got is None:
+            values[value] = expected
+            worst = float("inf")
+            continue
+        if got.shape != expected.shape and got.shape[1] == 1:  # the head, of the last token alone
+            expected = expected[:, -1:]  # noqa: PLW2901
+        if got.shape != expected.shape:
+            values[value] = expected
+            worst = float("inf")
+            continue
+        values[value] = got
+        distance = ((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+        worst = distance if not distance <= worst else worst
+    return worst
+
+
+def told(partings: Sequence[Parting], *, ops: int) -> str:
+    """In a sentence: the first of them, and how many more."""
+    if not partings:
+        return f"no op does: each of {ops} gives what the reference gives for the same inputs, activations unrounded"
+    shown = "; ".join(str(parting) for parting in partings[:_SHOWN])
+    more = f"; and {len(partings) - _SHOWN} more" if len(partings) > _SHOWN else ""
+    return f"{shown}{more}"

@@ -1,0 +1,116 @@
+"""The checks of one outcome as rows that every report shows alike: name, verdict, figure, bound, reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from exporter.parity import shipped_faults, structure_faults
+from exporter.spec import Verdict
+
+if TYPE_CHECKING:
+    from exporter.pipeline import Outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One row. ``figure`` and ``bound`` are ready to be read; empty where there is none."""
+
+    name: str
+    verdict: Verdict
+    figure: str = ""
+    bound: str = ""
+    reason: str = ""
+
+
+def checks(outcome: Outcome) -> list[Check]:
+    """What was checked, in the order in which it was; of a bundle that was refused, that alone."""
+    if outcome.error or outcome.manifest is None:
+        return [Check(name="bundle", verdict=Verdict.FAILED, reason=str(outcome.error))]
+    manifest = outcome.manifest
+    files = manifest["files"]
+    whole = Check(name="bundle", verdict=Verdict.PASSED, figure=f"{len(files)} files", bound="every checksum")
+    rows = [whole, _codes(manifest["codes"]), *_parity(manifest["parity"]), _quality(manifest["quality"])]
+    return [*rows, _latency(manifest["latency"]), *_limits(outcome)]
+
+
+def verdict_of(outcome: Outcome) -> Verdict:
+    """Of the whole bundle: passed where nothing failed, whatever could not be measured."""
+    return Verdict.FAILED if outcome.exit_code else Verdict.PASSED
+
+
+def title(outcome: Outcome) -> str:
+    """What the bundle is, in a few words: ``tiny-llama int4, onnxruntime``."""
+    if outcome.manifest is None:
+        return outcome.folder.name
+    return f"{outcome.manifest['model']['name']} {outcome.manifest['precision']}, {outcome.target}"
+
+
+def _codes(report: Mapping[str, Any]) -> Check:
+    wrong = len(report["wrong"])
+    return Check(
+        name="codes",
+        verdict=Verdict(report["verdict"]),
+        figure=f"{report['tensors'] - wrong} of {report['tensors']} tensors equal",
+        bound="all",
+        reason=report.get("reason", ""),
+    )
+
+
+def _parity(report: Mapping[str, Any]) -> Iterator[Check]:
+    structure, shipped = "parity, structure", "parity, shipped"
+    difference = report["structure_max_abs_logit_diff"]
+    if difference is None:
+        reason = "the structure step needs the checkpoint: name it with --against"
+        yield Check(name=structure, verdict=Verdict.NOT_MEASURED, reason=reason)
+    else:
+        faults = structure_faults(report)
+        yield Check(
+            name=structure,
+            verdict=Verdict.FAILED if faults else Verdict.PASSED,
+            figure=f"logits differ by {difference:.1e}",
+            bound=f"{report['gate_structure_max_abs']:.1e}",
+            reason="; ".join(faults),
+        )
+    faults = shipped_faults(report)
+    yield Check(
+        name=shipped,
+        verdict=Verdict.FAILED if faults else Verdict.PASSED,
+        figure=f"mean KL {report['mean_kl_nats']:.1e} nats, top-1 {report['top1_agreement']:.1%}",
+        bound=f"{report['gate_mean_kl_nats']:.1e} nats",
+        reason="; ".join(faults),
+    )
+
+
+def _quality(report: Mapping[str, Any]) -> Check:
+    measured = report["mean_kl_nats"] is not None
+    return Check(
+        name="quality",
+        verdict=Verdict(report["verdict"]),
+        figure=f"mean KL {report['mean_kl_nats']:.1e} nats" if measured else "",
+        bound=f"{report['budget_mean_kl_nats']:.1e} nats" if measured else "",
+        reason=report.get("reason", ""),
+    )
+
+
+def _latency(report: Mapping[str, Any]) -> Check:
+    prefill, decode = report["prefill_tokens_per_s"], report["decode_tokens_per_s"]
+    return Check(
+        name="latency",
+        verdict=Verdict(report["verdict"]),
+        figure="" if prefill is None else f"prefill {prefill:,.0f} tokens/s, decode {decode:,.0f} tokens/s",
+        reason=report.get("reason", ""),
+    )
+
+
+def _limits(outcome: Outcome) -> Iterator[Check]:
+    for name, report in outcome.limits.items():
+        found, limit, unit = (report.figures[key] for key in ("found", "limit", "unit"))
+        yield Check(
+            name=f"limit, {name}",
+            verdict=report.verdict,
+            figure="" if found is None else f"{found:.4g} {unit}",
+            bound=f"{'at least' if report.figures['at_least'] else 'at most'} {limit:.4g} {unit}",
+            reason=report.reason,
+        )

@@ -1,0 +1,160 @@
+"""Every value that a ``model.onnx`` computes and our graph has a name for: the file itself, looked into while it runs.
+
+The file's own names say nothing, so each value is found by what surely marks it: the weight it was multiplied with, the
+cache it was written to, or the values it was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from exporter.errors import LoweringError
+from exporter.model.graph import Graph, Node, Value, Weight
+from exporter.spec import Artifact
+from targets.onnxruntime.read import JOINT
+from targets.onnxruntime.runner import without_activation_rounding
+
+if TYPE_CHECKING:
+    import onnx
+
+_LINEARS = ("MatMulNBits", "FusedMatMul", "MatMulIntegerToFloat")
+_NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
+
+
+class Taps:
+    """Where the values of our graph lie in a file: ``found[value]`` is a name there, and the rows of the last axis that
+    are meant, where several products are one. A value that has no counterpart is absent."""
+
+    def __init__(self, model: onnx.ModelProto, graph: Graph) -> None:
+        self._nodes = list(model.graph.node)
+        self._graph = graph
+        self._weights = {initializer.name for initializer in model.graph.initializer}
+        self.found: dict[Value, tuple[str, slice]] = {}
+        for node in graph.nodes:
+            for index, tap in enumerate(self._tap(node)):
+                if tap is not None:
+                    self.found[Value(node.name, index)] = tap
+
+    def _tap(self, node: Node) -> list[tuple[str, slice] | None]:
+        whole = slice(None)
+        match node.op:
+            case "embedding":
+                (norm,) = [n for n in self._graph.nodes if n.op == "rms_norm" and Value(node.name) in n.arguments]
+                file_norm = self._by_weight(_NORMS, norm.arguments[1])
+                return [(file_norm.input[0], whole) if file_norm else None]
+            case "rms_norm":
+                file_norm = self._by_weight(_NORMS, node.arguments[1])
+                return [(file_norm.output[0], whole) if file_norm else None]
+            case "linear":
+                return [self._linear(node.arguments[1])]
+            case "attention":
+                return self._attention(node)
+        inputs = [self.found.get(argument) for argument in node.arguments if isinstance(argument, Value)]
+        if None in inputs:
+            return [None]
+        name = self._elementwise(node.op, {tap[0] for tap in inputs if tap})
+        return [(name, whole) if name else None]
+
+    def _by_weight(self, kinds: Sequence[str], weight: object) -> onnx.NodeProto | None:
+        assert isinstance(weight, Weight)  # VOCABULARY
+        return next((n for n in self._nodes if n.op_type in kinds and weight.name in n.input), None)
+
+    def _linear(self, weight: object) -> tuple[str, slice] | None:
+        assert isinstance(weight, Weight)  # VOCABULARY
+        shapes = self._graph.spec.weights()
+        for node in self._nodes:
+            if node.op_type not in _LINEARS:
+                continue
+            for name in map(self._before_cast, node.input):
+                names = name.removesuffix(".codes").split(JOINT)
+                stored = self._graph.spec.stored_name(weight.name)
+                if stored not in names or name not in self._weights:
+                    continue
+                output = node.output[0]
+                if node.op_type == "MatMulIntegerToFloat":  # times the step of each token
+                    (output,) = (n.output[0] for n in self._nodes if n.op_type == "Mul" and output in n.input)
+                start = sum(shapes[one][0] for one in names[: names.index(stored)])
+                return output, slice(start, start + weight.shape[0])
+        return None
+
+    def _before_cast(self, name: str) -> str:
+        casts = (n.input[0] for n in self._nodes if n.op_type == "Cast" and n.output[0] == name)
+        return name if name in self._weights else next(casts, name)
+
+    def _attention(self, node: Node) -> list[tuple[str, slice] | None]:
+        past = f"past_key_values.{node.layer}.key"
+        kind = "GroupQueryAttention"
+        file_node = next((n for n in self._nodes if n.op_type == kind and past in n.input), None)
+        context = (file_node.output[0], slice(None)) if file_node else None
+        return [context, *((f"present.{node.layer}.{kind}", slice(None)) for kind in ("key", "value"))]
+
+    def _elementwise(self, op: str, inputs: set[str]) -> str | None:
+        for node in self._nodes:
+            read = set(node.input)
+            if op == "add" and node.op_type == "SkipSimplifiedLayerNormalization" and inputs <= set(node.input[:2]):
+                return node.output[3] if len(node.output) > 3 else None
+            if op == "add" and node.op_type == "Add" and inputs == read:
+                return node.output[0]
+            if op == "mul" and node.op_type == "Mul" and inputs == read:
+                return node.output[0]
+            if op == "silu" and node.op_type == "Mul" and inputs < read:
+                (gate,) = read - inputs
+                if any(n.op_type == "Sigmoid" and n.output[0] == gate and set(n.input) == inputs for n in self._nodes):
+                    return node.output[0]
+        return None
+
+
+class OnnxRuntimeObserver:
+    """One session of the file with no activation rounded, which gives every value of ``Taps``."""
+
+    def __init__(self, artifact: Artifact, graph: Graph, *, threads: int) -> None:
+        import onnx
+        from onnx.helper import make_empty_tensor_value_info
+
+        self._artifact = artifact
+        self._taps = Taps(_structure(artifact.path), graph).found
+        model = onnx.load_from_string(without_activation_rounding(artifact.path))
+        outputs = {output.name for output in model.graph.output}
+        names = dict.fromkeys(name for name, _ in self._taps.values())
+        model.graph.output.extend(make_empty_tensor_value_info(name) for name in names if name not in outputs)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        folder = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(folder, str(artifact.path.parent))
+        try:
+            self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has a class for each status code, without a common base
+            raise LoweringError(
+                f"ONNX Runtime cannot show the values of {artifact.path.name}: {error}", hint="export the model again"
+            ) from error
+
+    def observe(self, ids: Sequence[int], caches: dict[str, Tensor]) -> dict[Value, Tensor]:
+        """What a call with ``ids`` computes after ``caches`` (``past_k.0`` ... ``[1, KV, P, D]``)."""
+        past = next(iter(caches.values())).shape[2]
+        feeds = {
+            "input_ids": np.array([list(ids)], dtype=np.int64),
+            "attention_mask": np.ones((1, past + len(ids)), dtype=np.int64),
+        }
+        for name, cache in caches.items():
+            kind, layer = name.removeprefix("past_").split(".")
+            feeds[f"past_key_values.{layer}.{'key' if kind == 'k' else 'value'}"] = cache.contiguous().numpy()
+        names = list(dict.fromkeys(name for name, _ in self._taps.values()))
+        try:
+            found = dict(zip(names, self._session.run(names, feeds), strict=True))
+        except Exception as error:  # see above
+            raise LoweringError(f"ONNX Runtime failed while running: {error}", hint="export the model again") from error
+        tensors = {name: torch.from_numpy(array) for name, array in found.items()}
+        return {value: tensors[name][..., rows] for value, (name, rows) in self._taps.items()}
+
+
+def _structure(path: Path) -> onnx.ModelProto:
+    import onnx
+
+    return onnx.load(path, load_external_data=False)

@@ -1,0 +1,182 @@
+"""The action at the repository's root, run as a runner would: inputs resolved, each of its own steps by bash."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from exporter.bundle import MANIFEST, file_entries, write_json
+from exporter.cli import app
+
+ROOT = Path(__file__).parents[2]
+BASH = shutil.which("bash")
+pytestmark = [pytest.mark.toolchain, pytest.mark.skipif(BASH is None, reason="bash is not installed")]
+
+DATA = "model.onnx.data"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    stdout: str
+    outputs: dict[str, str]
+    summary: str
+    arguments: str
+    """Of the programs that a stand-in took the place of."""
+
+
+def resolve(template: str, *, action: dict[str, Any], inputs: dict[str, str]) -> str:
+    """``${{ inputs.x }}`` and ``${{ github.action_path }}``; any other expression is a mistake in a run step's
+    environment."""
+    known = {f"inputs.{name}": inputs.get(name, given.get("default")) for name, given in action["inputs"].items()}
+    known["github.action_path"] = str(ROOT)
+    return re.sub(r"\$\{\{ (\S+) \}\}", lambda match: known[match[1]], template)
+
+
+def run_step(name: str, folder: Path, *, stand_ins: bool = False, **inputs: str) -> Ran:
+    """One step of the action by its id. ``stand_ins``: python is a script that writes down its arguments."""
+    action = read_yaml(ROOT / "action.yml")
+    inputs = {key.replace("_", "-"): value for key, value in inputs.items()}
+    assert inputs.keys() <= action["inputs"].keys()
+    (step,) = (step for step in action["runs"]["steps"] if step.get("id") == name)
+    assert "${{" not in step["run"], "an input would be read as shell"
+    programs = folder / "bin"
+    programs.mkdir(parents=True)
+    recorded, output, summary = folder / "arguments", folder / "output", folder / "summary"
+    for file in (recorded, output, summary):
+        file.touch()
+    if stand_ins:
+        program, body = "python", f'echo "$@" >> "{recorded}"\n'
+    else:
+        program, body = "llama-export", f'exec "{sys.executable}" -c "from exporter.cli import main; main()" "$@"\n'
+    (programs / program).write_text(f"#!/bin/bash\n{body}")
+    (programs / program).chmod(0o755)
+    environment = {key: resolve(value, action=action, inputs=inputs) for key, value in step["env"].items()}
+    done = subprocess.run(
+        [str(BASH), "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
+        env={
+            **os.environ,
+            **environment,
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "RUNNER_TEMP": str(folder),
+            "GITHUB_OUTPUT": str(output),
+            "GITHUB_STEP_SUMMARY": str(summary),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Ran(
+        code=done.returncode,
+        stdout=done.stdout + done.stderr,
+        outputs=dict(line.split("=", 1) for line in output.read_text().splitlines()),
+        summary=summary.read_text(),
+        arguments=recorded.read_text(),
+    )
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("action")
+    words = ["-t", "onnxruntime", "-c", "64", "-o", str(folder / "out"), "--store", str(folder / "store")]
+    result = CliRunner().invoke(app, [*words, "--calibration", "none"])
+    assert result.exit_code == 0, result.output
+    return folder / "out" / "onnxruntime"
+
+
+def with_one_code_changed(bundle: Path, folder: Path, *, accounted_for: bool) -> Path:
+    """One int4 code of the matrix that lies in the middle of the file."""
+    shutil.copytree(bundle, folder)
+    content = bytearray((folder / DATA).read_bytes())
+    content[len(content) // 2] ^= 0x44
+    (folder / DATA).write_bytes(content)
+    if accounted_for:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        write_json(folder / MANIFEST, {**manifest, "files": file_entries(folder)})
+    return folder
+
+
+def test_a_whole_bundle_is_green_and_its_reports_are_where_the_outputs_say(bundle: Path, tmp_path: Path) -> None:
+    ran = run_step("validate", tmp_path / "run", bundle=str(bundle), max_size_mb="10")
+    assert (ran.code, ran.outputs["verdict"], ran.outputs["exit-code"]) == (0, "passed", "0"), ran.stdout
+    suite = ET.parse(ran.outputs["junit"]).getroot().find("testsuite")
+    assert suite is not None
+    assert (suite.get("failures"), suite.get("errors"), suite.get("skipped")) == ("0", "0", "2")
+    assert ran.summary == Path(ran.outputs["markdown"]).read_text()
+    assert "| limit, size | passed |" in ran.summary
+    assert "<svg" in Path(ran.outputs["html"]).read_text()
+    assert json.loads(Path(ran.outputs["json"]).read_text())[0]["exit_code"] == 0
+    assert "::error" not in ran.stdout
+
+
+def test_one_changed_weight_is_red_and_named(bundle: Path, tmp_path: Path) -> None:
+    tampered = with_one_code_changed(bundle, tmp_path / "bundle", accounted_for=True)
+    ran = run_step("validate", tmp_path / "run", bundle=str(tampered))
+    assert (ran.code, ran.outputs["verdict"]) == (7, "failed"), ran.stdout
+    assert "| codes | **failed** | 37 of 38 tensors equal |" in ran.summary
+    assert re.search(r"^::error file=.*codes::model\.\S+ differs from the store", ran.stdout, re.MULTILINE)
+
+
+def test_bytes_that_the_manifest_does_not_tell_are_refused(bundle: Path, tmp_path: Path) -> None:
+    tampered = with_one_code_changed(bundle, tmp_path / "bundle", accounted_for=False)
+    ran = run_step("validate", tmp_path / "run", bundle=str(tampered))
+    assert (ran.code, ran.outputs["verdict"]) == (3, "refused"), ran.stdout
+    suite = ET.parse(ran.outputs["junit"]).getroot().find("testsuite")
+    assert suite is not None
+    assert (suite.get("tests"), suite.get("errors")) == ("1", "1")
+    assert "has sha256" in ran.summary
+
+
+def test_an_input_is_never_read_as_shell(tmp_path: Path) -> None:
+    """A usage error proves nothing, so it is not called refused; and no report is promised to the summary."""
+    ran = run_step("validate", tmp_path / "run", bundle=f'"; touch {tmp_path}/owned; echo "', max_size_mb="-1 $(id)")
+    assert (ran.code, ran.outputs["verdict"]) == (2, "error"), ran.stdout
+    assert not (tmp_path / "owned").exists()
+    assert ran.summary == ""
+
+
+@pytest.mark.parametrize(("version", "installed"), [("", str(ROOT)), ("0.1.0", "llama-export==0.1.0")])
+def test_what_lies_beside_the_action_is_installed_unless_a_version_is_named(
+    version: str, installed: str, tmp_path: Path
+) -> None:
+    ran = run_step("install", tmp_path / "run", stand_ins=True, version=version)
+    assert (ran.code, ran.arguments) == (0, f"-m pip install {installed}\n")
+
+
+def test_each_output_is_one_that_the_step_writes_and_reports_are_kept_when_it_fails() -> None:
+    action = read_yaml(ROOT / "action.yml")
+    step = next(step for step in action["runs"]["steps"] if step.get("id") == "validate")
+    for output in action["outputs"].values():
+        name = re.fullmatch(r"\$\{\{ steps\.validate\.outputs\.(\S+) \}\}", output["value"])
+        assert name is not None
+        assert f'echo "{name[1]}=' in step["run"]
+    upload = action["runs"]["steps"][-1]
+    assert upload["uses"].startswith("actions/upload-artifact@")
+    assert "always()" in upload["if"]
+
+
+@pytest.mark.parametrize("name", ["parity.yml", "macos.yml"])
+def test_the_sample_workflows_set_only_inputs_that_the_action_has(name: str) -> None:
+    action, workflow = read_yaml(ROOT / "action.yml"), read_yaml(ROOT / "samples" / "ci" / name)
+    (job,) = workflow["jobs"].values()
+    (used,) = (step for step in job["steps"] if step.get("uses") == "./")
+    assert used["with"].keys() <= action["inputs"].keys()
+    required = {name for name, given in action["inputs"].items() if given.get("required")}
+    assert required <= used["with"].keys()
