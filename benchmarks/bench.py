@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(SHAPES), help=f"of {', '.join(SHAPES)}; or toy")
     parser.add_argument("--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)}; none for ours alone")
     parser.add_argument("--out", type=Path, help="a folder for benchmarks.md and its plots; default: only print")
+    parser.add_argument("--remark", default="", help="what else the machine did, or was left out: stands in the report")
     parser.add_argument("--report-only", action="store_true", help="write the report of what was measured before")
     args = parser.parse_args()
     sizes, peers = args.sizes.split(","), [name for name in args.peers.split(",") if name != "none"]
@@ -125,6 +126,7 @@ def main() -> None:
 
     for size in [] if args.report_only else sizes:
         record = results.setdefault(size, {})
+        record["remark"] = args.remark
         _measure(size, shapes[size], peers, record=record, smaller=results.get("1b", {}), keep=keep)
     print(bench_report.write(results, out=args.out))
 

@@ -97,6 +97,8 @@ def _machine(record: Results) -> Iterator[str]:
     for threads, kernels in record["bandwidth"].items():
         rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in kernels.items())
         yield f"- reading memory with {_threads(threads)}, GB/s: {rates}"
+    if record.get("remark"):
+        yield f"- {record['remark']}"
 
 
 def _threads(count: str) -> str:

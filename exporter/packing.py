@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.bundle import MANIFEST, open_bundle, read_artifact, write_json
+from exporter.bundle import MANIFEST, as_bytes, open_bundle, read_artifact
 from exporter.checkpoint.config import read_json
 from exporter.errors import InputError, UsageError
 from exporter.files import folder_in_progress, put_in_place, written_whole
@@ -107,24 +107,28 @@ def pack(bundle: Path, *, loader: str | None, out: Path, zipped: bool) -> list[P
         raise UsageError("the bundle is a folder already", hint="say --for which loader, or --zip")
     if out.exists() and (zipped or any(out.iterdir() if out.is_dir() else [out])):
         raise UsageError(f"{out} is there already", hint="remove it, or name another --out")
-    with folder_in_progress(out.parent, out.name) as folder:
-        if loader is None:
-            shutil.copytree(bundle, folder, dirs_exist_ok=True, copy_function=_link)
-        else:
-            _gather(bundle, folder, loader=loader, manifest=manifest)
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        names = [path.relative_to(folder) for path in paths]
-        if zipped:
-            with written_whole(out) as temporary:
-                write_zip(temporary, folder, names)
-        else:
+    contents = _contents(bundle, loader=loader, manifest=manifest)
+    if zipped:
+        with written_whole(out) as temporary:
+            write_zip(temporary, contents)
+    else:
+        with folder_in_progress(out.parent, out.name) as folder:
+            for name, content in contents.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(content, bytes):
+                    (folder / name).write_bytes(content)
+                else:  # no hard link: readers of ONNX refuse weights that have a second name
+                    shutil.copyfile(content, folder / name)
             if out.exists():
                 out.rmdir()
             put_in_place(folder, out)
-    return names
+    return list(contents)
 
 
-def _gather(bundle: Path, folder: Path, *, loader: str, manifest: Mapping[str, Any]) -> None:
+def _contents(bundle: Path, *, loader: str | None, manifest: Mapping[str, Any]) -> dict[Path, Path | bytes]:
+    """Each file by its name, sorted: where it lies in the bundle, or what is written for the loader."""
+    if loader is None:
+        return {name: bundle / name for name in sorted(_files(bundle))}
     wanted = LOADERS[loader]
     if manifest["target"] not in wanted.targets:
         raise UsageError(
@@ -132,39 +136,36 @@ def _gather(bundle: Path, folder: Path, *, loader: str, manifest: Mapping[str, A
             hint=f"export with --target {wanted.targets[0]}",
         )
     spec = read_artifact(manifest, path=bundle).spec
+    contents: dict[Path, Path | bytes] = {}
     for name in (*wanted.files, *wanted.optional):
         source = bundle / name
-        if not source.exists():
-            if name in wanted.optional:
-                continue
+        if not source.exists() and name not in wanted.optional:
             raise InputError(f"{bundle} has no {name}, which {loader} needs", hint="export the bundle again")
-        if source.is_dir():
-            shutil.copytree(source, folder / name, copy_function=_link)
-        else:
-            _link(source, folder / name)
-    for name, make in wanted.written.items():
-        write_json(folder / name, make(bundle, spec))
+        inside = _files(source) if source.is_dir() else [Path()] if source.exists() else []
+        contents |= {name / path: source / path for path in inside}
+    contents |= {Path(name): as_bytes(make(bundle, spec)) for name, make in wanted.written.items()}
+    return dict(sorted(contents.items()))
 
 
-def _link(source: str | Path, destination: str | Path) -> None:
-    """A hard link, so that gigabytes of weights are not copied; a copy where the file system has none."""
-    try:
-        Path(destination).hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, destination)
+def _files(folder: Path) -> list[Path]:
+    return [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
 
 
-def write_zip(path: Path, folder: Path, names: Sequence[Path]) -> None:
-    """The files of ``folder`` stored, not deflated, each at a multiple of ``ZIP_ALIGNMENT``; the same files give the
-    same bytes."""
+def write_zip(path: Path, contents: Mapping[Path, Path | bytes]) -> None:
+    """Files, or what is to be in them, stored, not deflated, each at a multiple of ``ZIP_ALIGNMENT``; the same contents
+    give the same bytes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         assert archive.fp is not None
-        for name in names:
+        for name, content in contents.items():
             info = zipfile.ZipInfo(name.as_posix(), date_time=_ZIP_DATE)
             info.external_attr = 0o644 << 16
-            large = (folder / name).stat().st_size >= ZIP64_BYTES
+            large = not isinstance(content, bytes) and content.stat().st_size >= ZIP64_BYTES
             header = 30 + len(name.as_posix().encode()) + (20 if large else 0)  # a zip64 field of sizes comes with it
             padding = -(archive.fp.tell() + header + 4) % ZIP_ALIGNMENT
             info.extra = _ALIGNING.to_bytes(2, "little") + padding.to_bytes(2, "little") + bytes(padding)
-            with (folder / name).open("rb") as source, archive.open(info, "w", force_zip64=large) as destination:
-                shutil.copyfileobj(source, destination, 1 << 20)
+            with archive.open(info, "w", force_zip64=large) as destination:
+                if isinstance(content, bytes):
+                    destination.write(content)
+                else:
+                    with content.open("rb") as source:
+                        shutil.copyfileobj(source, destination, 1 << 20)

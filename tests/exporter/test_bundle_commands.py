@@ -319,6 +319,7 @@ def test_each_loader_gets_its_files_and_no_other(bundles: dict[str, Path], loade
     if "tokenizer_config.json" in wanted:
         config = json.loads((out / "tokenizer_config.json").read_text())
         assert config["chat_template"] == Tokenizer(BUNDLED_MODEL).chat_template
+    assert run("validate", bundles[target], "--threads", 1).exit_code == 0  # as it was
     for name in LOADERS[loader].files:
         if (out / name).is_file():
             assert sha256(out / name) == sha256(bundles[target] / name)
@@ -392,7 +393,7 @@ def test_large_files_of_a_zip_are_aligned_too(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "in").mkdir()
     for name, size in (("a", 5), ("model", 40_000), ("z", 11)):
         (tmp_path / "in" / name).write_bytes(bytes([size % 251]) * size)
-    write_zip(tmp_path / "out.zip", tmp_path / "in", [Path("a"), Path("model"), Path("z")])
+    write_zip(tmp_path / "out.zip", {Path(name): tmp_path / "in" / name for name in ("a", "model", "z")})
     content = (tmp_path / "out.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "out.zip") as archive:
         assert archive.testzip() is None
