@@ -79,7 +79,7 @@ def _check(told: Mapping[str, Any], report: Path, *, bundle: Path, manifest: Map
 def _parity(told: Mapping[str, Any], *, bundle: Path, manifest: Mapping[str, Any]) -> Report:
     found = _measured(told, "parity")
     runtime = f"{told['device']['runtime']} on {told['device']['model']}, {told['device']['os']}"
-    absent: dict[str, Any] = {"runtime": runtime, **dict.fromkeys(_PARITY)}
+    absent: dict[str, Any] = {"runtime": runtime, **dict.fromkeys(_PARITY), **structure_figures(None)}
     if found is None:
         return Report(verdict=Verdict.NOT_MEASURED, reason=_reason(told, "parity"), figures=absent)
     figures = {name: _number(found, name, kind) for name, kind in _PARITY.items()}

@@ -529,6 +529,34 @@ def test_each_gate_of_a_device_report_fails_on_its_own(
 
 
 @pytest.mark.parametrize(
+    ("change", "code", "failures", "skipped"),
+    [
+        (_set("peak_memory_bytes", to=None), 0, 0, 1),  # structure is not for a device to tell
+        (_set("greedy", "agreeing", to=19), 7, 1, 1),
+        (_set("parity", "mean_kl_nats", to=0.5), 7, 1, 1),
+        (_set("parity", to=None), 0, 0, 2),
+        (_set("latency", to=None), 0, 0, 2),
+    ],
+)
+def test_validate_gates_on_a_device_report_and_writes_every_report(
+    device: Device, change: Callable[[dict[str, Any]], None], code: int, failures: int, skipped: int, tmp_path: Path
+) -> None:
+    junit, html = tmp_path / "junit.xml", tmp_path / "report.html"
+    words = ["--device-report", device.write(change), "--junit", junit, "--html", html, "--markdown", tmp_path / "m"]
+    result = run("validate", device.bundle, *words)
+    assert result.exit_code == code, result.output
+    assert f'failures="{failures}" errors="0" skipped="{skipped}"' in junit.read_text()
+    assert "<html" in html.read_text()
+    assert open_bundle(device.bundle)["devices"][0]["device"]["model"] == "Pixel 9"
+    assert "Pixel 9" in result.stdout
+
+
+def test_a_device_report_and_a_proof_here_are_two_runs(device: Device) -> None:
+    result = run("validate", device.bundle, "--device-report", device.write(), "--against", BUNDLED_MODEL)
+    assert_refused(result, code=2, says="--device-report proves nothing on this host")
+
+
+@pytest.mark.parametrize(
     ("change", "says"),
     [
         (_set("schema", to="x"), "schema is 'x'"),
