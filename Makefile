@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 DEMO := out/demo
 # Tests of the sample apps want a browser or a compiler of their own: make check-web, check-kotlin, check-swift.
 HERE := not web and not kotlin and not swift
+# One thread for each of two processes: more of them wait for each other's cores.
+TWO := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: setup demo test test-matrix check check-web check-kotlin check-swift format
+.PHONY: setup demo test test-matrix check check-web check-tutorial check-kotlin check-swift format
 .PHONY: bench bench-quality bench-calibration docs clean
 
 setup: $(VENV)/installed
@@ -22,29 +24,30 @@ demo: setup
 	$(BIN)/llama-export --target all --out $(DEMO)
 
 test: setup
-	$(BIN)/pytest -m "not slow and $(HERE)"
+	$(TWO) -m "not slow and $(HERE)"
 
 test-matrix: setup
-	$(BIN)/pytest -m "slow and $(HERE)"
+	$(TWO) -m "slow and $(HERE)"
 
 check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow and not toolchain and $(HERE)"
+	$(TWO) -m "not slow and not toolchain and $(HERE)"
 
 # The web sample in headless Chromium, some ten minutes: wants node 20.19 and chromium, and says how to get them.
 BUNDLE ?= $(DEMO)/onnxruntime
 
 check-web: setup
 	test -e $(BUNDLE)/manifest.json || $(BIN)/llama-export --target onnxruntime --out $(DEMO)
-	BUNDLE=$(abspath $(BUNDLE)) $(BIN)/pytest -m web tests/samples
+	BUNDLE=$(abspath $(BUNDLE)) $(BIN)/pytest -m web tests/samples/test_web.py
 
-# The Android sample's library: a JDK of 17 or later, and a download of 80 MB on the first run, which holds the compiler.
-# LLAMA_BUNDLE=folder tests a bundle that is there, in place of two of the sample model.
+# The commands of docs/tutorial.md, in a clone, an empty home and a new environment; wants what check-web wants.
 check-tutorial: setup
 	$(BIN)/pytest -m web tests/samples/test_tutorial.py
 
+# The Android sample's library: a JDK of 17 or later, and a download of 80 MB on the first run, which holds the compiler.
+# LLAMA_BUNDLE=folder tests a bundle that is there, in place of two of the sample model.
 check-kotlin: export KOTLIN_CACHE := $(CURDIR)/.cache/kotlin
 check-kotlin: setup
 	$(BIN)/pytest -m kotlin tests/samples/test_kotlin.py
