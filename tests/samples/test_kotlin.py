@@ -202,7 +202,8 @@ def test_the_librarys_own_tests_pass(kotlin: Kotlin, bundle: Path) -> None:
 def test_parity_figures_are_those_of_the_exporter(report: dict[str, Any], bundle: Path, logits: Tensor) -> None:
     expected = Goldens.read(bundle).logits.figures(logits)
     assert expected["mean_kl_nats"] > 1e-6  # there is something to measure
-    assert report["parity"] == {name: pytest.approx(value, rel=1e-6, abs=1e-9) for name, value in expected.items()}
+    told = {name: value for name, value in expected.items() if not isinstance(value, list)}  # no values by position
+    assert report["parity"] == {name: pytest.approx(value, rel=1e-6, abs=1e-9) for name, value in told.items()}
 
 
 def test_spoilt_logits_would_be_seen(report: dict[str, Any], bundle: Path, logits: Tensor) -> None:

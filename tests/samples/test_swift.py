@@ -123,7 +123,8 @@ def drive_both(program: Path, bundle: Path, report: Path, wrap: Wrap) -> tuple[d
     with target.open(read_artifact(manifest, path=target.find(bundle)), threads=1) as runner:
         code, said = run_over_pipe(program, bundle, report, wrap(runner))
         assert code == 0, said
-        expected = goldens.logits.figures(drive(wrap(runner), goldens.drive))
+        figures = goldens.logits.figures(drive(wrap(runner), goldens.drive))
+    expected = {name: value for name, value in figures.items() if not isinstance(value, list)}  # none by position
     return json.loads(report.read_text(encoding="utf-8")), expected, said
 
 
