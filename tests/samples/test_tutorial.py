@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,8 +48,8 @@ def ran(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     home = tmp_path_factory.mktemp("home")
     blocks = re.findall(r"^```bash\n(.*?)^```", (clone / "docs" / "tutorial.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 7
-    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "PIP_CONFIG_FILE")}
-    kept |= {name: value for name, value in os.environ.items() if name.lower().startswith(("pip_", "npm_config_"))}
+    own = ("PYTHON", "VIRTUAL_ENV", "XDG_", "LLAMA_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}  # proxies, certificates
     for settings in (Path.home() / ".npmrc", Path.home() / ".config" / "pip"):  # where this host's registries are named
         if settings.exists():
             place = home / settings.relative_to(Path.home())
@@ -55,8 +57,9 @@ def ran(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
             (shutil.copytree if settings.is_dir() else shutil.copyfile)(settings, place)
     # The server that a block leaves behind belongs to the shell's group, and ends with it.
     script = "set -euo pipefail\n" + "\n".join(blocks) + "\necho told-and-done\nread -r _\n"
-    with (home / "log").open("w") as log:
-        shell = subprocess.Popen(
+    with (
+        (home / "log").open("w") as log,
+        subprocess.Popen(
             ["bash", "-c", script],
             cwd=clone,
             env={**kept, "HOME": str(home)},
@@ -65,7 +68,8 @@ def ran(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
             stderr=log,
             text=True,
             start_new_session=True,
-        )
+        ) as shell,
+    ):
         assert shell.stdout is not None
         said = []
         for line in shell.stdout:
@@ -76,8 +80,8 @@ def ran(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
             assert said[-1:] == ["told-and-done\n"], "".join(said[-40:]) + (home / "log").read_text()[-4000:]
             yield clone
         finally:
-            os.killpg(shell.pid, 15)
-            shell.wait(timeout=60)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself where a block has failed
+                os.killpg(shell.pid, signal.SIGTERM)
 
 
 def test_the_tutorial_ends_with_bundles_and_a_green_report(ran: Path) -> None:
