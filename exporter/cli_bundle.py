@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exporter.errors import UsageError
+from exporter.errors import InputError, UsageError
 from exporter.reporting import reporting
 
 if TYPE_CHECKING:
@@ -108,8 +108,6 @@ def chat(
 
 
 def _talk(opened: OpenedBundle, conversation: Conversation, *, system: str | None, max_tokens: int) -> None:
-    from exporter.errors import InputError
-
     begin = _asked("", system=system)[:-1]
     messages = list(begin)
     while True:
@@ -224,9 +222,12 @@ def verify(bundle: BundleArgument, *, as_json: JsonOption = False) -> None:
 
 def _read(source: Path | None) -> str:
     """A file's text, or stdin's."""
-    if source is None or source == Path("-"):
-        return sys.stdin.read()
-    return source.read_text(encoding="utf-8")
+    try:
+        if source is None or source == Path("-"):
+            return sys.stdin.read()
+        return source.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source or 'stdin'} is no UTF-8 text: {error}", hint="save it as UTF-8") from error
 
 
 def _asked(text: str, *, system: str | None) -> list[dict[str, str]]:

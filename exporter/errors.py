@@ -20,6 +20,8 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 INTERRUPTED = 130
+UNFORESEEN = 1
+"""A fault of ours."""
 
 
 class ExportError(Exception):

@@ -105,6 +105,8 @@ def pack(bundle: Path, *, loader: str | None, out: Path, zipped: bool) -> list[P
     manifest = open_bundle(bundle)
     if loader is None and not zipped:
         raise UsageError("the bundle is a folder already", hint="say --for which loader, or --zip")
+    if bundle.resolve() in out.resolve().parents:
+        raise UsageError(f"{out} is inside the bundle, which holds what its manifest lists", hint="name another --out")
     if out.exists() and (zipped or any(out.iterdir() if out.is_dir() else [out])):
         raise UsageError(f"{out} is there already", hint="remove it, or name another --out")
     contents = _contents(bundle, loader=loader, manifest=manifest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +11,10 @@ from typing import Any
 import typer
 
 from exporter import interrupt
-from exporter.errors import INTERRUPTED, ExportError, InputError
+from exporter.errors import INTERRUPTED, UNFORESEEN, CapacityError, ExportError, InputError
+
+_TORCH_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""How torch 2.13 says so, in a RuntimeError."""
 
 
 @contextmanager
@@ -36,6 +41,24 @@ def reporting() -> Iterator[Any]:
 
         found = f"{error.strerror}: {error.filename}" if error.filename else str(error)
         _fail(disk_full(error) or InputError(found, hint="check the path and its permissions"))
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) or _TORCH_OUT_OF_MEMORY in str(error):
+            _fail(CapacityError("the memory is full", hint="close what else holds memory, or take a smaller --context"))
+        _fail_unforeseen(error)
+
+
+def _fail_unforeseen(error: Exception) -> None:
+    """What no class of ``exporter.errors`` stands for is a fault of ours; the traceback is kept in a file."""
+    with tempfile.NamedTemporaryFile("w", prefix="llama-export-", suffix=".txt", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    typer.echo(
+        f"error: {type(error).__name__}: {error}\n"
+        f"hint: this is a fault of llama-export, not of yours; please report it with {file.name}",
+        err=True,
+    )
+    raise typer.Exit(UNFORESEEN) from None
 
 
 def _fail(error: ExportError) -> None:

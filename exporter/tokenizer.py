@@ -44,8 +44,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids with whatever the tokenizer puts in front (Llama: the begin token, once)."""
-        ids: list[int] = self._tokenizer.encode(text, verbose=False)
-        return ids
+        return self._encode(text, begin=True)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -84,7 +83,17 @@ class Tokenizer:
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a rendered conversation, which has its begin token in it."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return self._encode(text, begin=False)
+
+    def _encode(self, text: str, *, begin: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # Python's stand-in for a byte of the command line, or half a JSON escape
+            raise InputError(
+                f"the text has {text[error.start]!r} at character {error.start}, which is no Unicode character",
+                hint="give text in UTF-8",
+            ) from error
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=begin, verbose=False)
         return ids
 
     def render(self, messages: Sequence[Mapping[str, str]], *, answering: bool = True, date: str | None = None) -> str:

@@ -17,6 +17,7 @@ _ROPE_KEYS = {
 }
 """The parameters each kind of RoPE scaling takes, all of them required."""
 
+_COPY_AGAIN = "copy the file from the checkpoint again"
 _LAYOUT = "name a folder in Hugging Face layout: config.json, *.safetensors, tokenizer.json"
 
 _ONLY = {
@@ -31,19 +32,16 @@ _ONLY = {
 """Config fields of which only these values are known; a field that is absent has its usual value, the first."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError where there is none."""
+def read_json(path: Path, *, missing: str = _LAYOUT, broken: str = _COPY_AGAIN) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError where there is none, with the hint for its case."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path.parent} has no {path.name}", hint=_LAYOUT) from None
+        raise InputError(f"{path.parent} has no {path.name}", hint=missing) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not JSON: {error}", hint="copy the file from the checkpoint again") from error
+        raise InputError(f"{path} is not JSON: {error}", hint=broken) from error
     if not isinstance(content, dict):
-        raise InputError(
-            f"{path} holds a JSON {type(content).__name__}, an object was expected",
-            hint="copy the file from the checkpoint again",
-        )
+        raise InputError(f"{path} holds a JSON {type(content).__name__}, an object was expected", hint=broken)
     return content
 
 

@@ -159,10 +159,21 @@ def test_generate_refuses_options_that_mean_nothing(bundle: Path, words: list[st
         ("[", "the messages are no JSON"),
         ('{"role": "user"}', "not a list of objects with role and content"),
         ('[{"role": "user", "content": 1}]', "not a list of objects with role and content"),
+        ('[{"role": "user", "content": "\\ud800"}]', "which is no Unicode character"),
     ],
 )
 def test_messages_that_are_none_are_told(bundle: Path, content: str, says: str) -> None:
     assert_refused(run("generate", bundle, "--messages", "-", stdin=content), code=3, says=says)
+
+
+def test_messages_in_another_encoding_are_told(bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "messages.json"
+    file.write_bytes('[{"role": "user", "content": "é"}]'.encode("latin-1"))
+    assert_refused(run("generate", bundle, "--messages", file), code=3, says="messages.json is no UTF-8 text")
+
+
+def test_a_prompt_that_is_no_utf_8_is_told(bundle: Path) -> None:
+    assert_refused(run("generate", bundle, "\udcff"), code=3, says="'\\udcff' at character 0, which is no Unicode")
 
 
 def test_a_prompt_longer_than_the_context_is_refused(bundle: Path) -> None:
@@ -417,6 +428,13 @@ def test_a_package_that_makes_no_sense_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("words", [["--for", "onnxruntime-genai"], ["--zip"]])
+def test_nothing_is_packed_into_the_bundle_itself(bundle: Path, words: list[str]) -> None:
+    result = run("bundle", bundle, "--out", bundle / "deep" / "in", *words)
+    assert_refused(result, code=2, says="is inside the bundle")
+    assert run("verify", bundle).exit_code == 0
+
+
 def test_what_is_there_is_not_written_over(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -578,6 +596,12 @@ def test_a_report_that_is_none_leaves_the_manifest_as_it_was(
         fold(device.bundle, device.write(change))
     assert says in str(caught.value)
     assert (device.bundle / MANIFEST).read_bytes() == before
+
+
+def test_a_device_report_that_is_not_there_is_told(bundle: Path) -> None:
+    result = run("validate", bundle, "--device-report", "nowhere/report.json")
+    assert_refused(result, code=3, says="nowhere has no report.json")
+    assert "self-test" in result.stderr
 
 
 def test_decoding_is_refused_when_it_is_made() -> None:

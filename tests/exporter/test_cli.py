@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -323,6 +324,32 @@ def test_an_interrupt_that_native_code_turned_into_an_error_is_still_one(
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
     assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "says"),
+    [
+        (MemoryError(), 5, "the memory is full"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            5,
+            "memory is full",
+        ),
+        (ZeroDivisionError("of ours"), 1, "ZeroDivisionError: of ours"),
+    ],
+)
+def test_what_nobody_foresaw_is_a_sentence_too(
+    raised: Exception, code: int, says: str, complete_toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(pipeline, "trace", fail)
+    result = run(complete_toy.folder, "-t", "onnxruntime", "-o", tmp_path / "out")
+    assert_refused(result, code=code, says=says)
+    kept = [file.read_text() for file in tmp_path.glob("llama-export-*.txt")]
+    assert [f"{type(raised).__name__}: {raised}" in text for text in kept] == ([True] if code == 1 else [])
 
 
 @pytest.mark.toolchain
