@@ -32,6 +32,7 @@ from exporter.device import fold
 from exporter.errors import BudgetError, CapacityError, ExportError, InputError, ParityError, UsageError, gravest
 from exporter.files import folder_in_progress, put_in_place
 from exporter.limits import Limits, check_limits
+from exporter.memory import give_back_memory
 from exporter.model.graph import Graph
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace
@@ -211,6 +212,8 @@ def _make_bundle(
     artifact = target.lower(graph, store, plan, folder)
     copy_tokenizer(material.tokenizer, folder)
     write_recipe(folder, plan, target=target.name)
+    if graph.spec.is_large:
+        give_back_memory()
 
     progress.stage(f"{target.name}: reference")
     steps = drive_for(material.texts.evaluation, context=plan.context)
@@ -219,6 +222,8 @@ def _make_bundle(
     answers = ask_reference(graph, store, artifact, steps)
     goldens = make_goldens(answers, graph=graph, store=store, artifact=artifact, tokenizer=material.tokenizer)
     goldens.write(folder)
+    if graph.spec.is_large:
+        give_back_memory()
 
     progress.stage(f"{target.name}: codes")
     codes = prove_codes(target, artifact, expected=goldens.weight_sha256)

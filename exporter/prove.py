@@ -16,6 +16,7 @@ from exporter.bundle import Goldens
 from exporter.chat import GOLDEN_DATE, golden_chats
 from exporter.codes import check_codes, weight_digests
 from exporter.latency import measure_latency, not_measured
+from exporter.memory import give_back_memory
 from exporter.metrics import kl_divergence
 from exporter.model.graph import Graph
 from exporter.model.reference import FULL_PRECISION, Reference, Weights
@@ -158,6 +159,8 @@ def _prove_structure(
             target.open_structure(artifact, graph=ours, store=store, plan=plan, scratch=Path(scratch)) as runner,
         ):
             difference = (drive(runner, steps) - expected).abs().max().item()
+        if large:
+            give_back_memory()
         allowed = structure_bound(artifact)
         if large and not difference <= allowed:
             moved = (_in_full_precision(true, answers, steps, noise=FLOOR_NOISE) - expected).abs().max().item()

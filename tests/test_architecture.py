@@ -19,6 +19,7 @@ LAYERS = (
         "exporter.quantized",
         "exporter.files",
         "exporter.interrupt",
+        "exporter.memory",
     ),
     ("exporter.model", "exporter.checkpoint", "exporter.store", "exporter.tokenizer", "exporter.chat"),
     ("calibration",),

@@ -61,6 +61,15 @@ def write_program(
         program = _compile(outer, context=context, described=describe(graph.spec, context=context))
     with written_whole(path) as temporary, border.toolchain("write the program"), temporary.open("wb") as file:
         program.write_to_file(file)
+    _let_go(outer)
+
+
+def _let_go(outer: Outer) -> None:
+    """Empty the delegates. torch 2.13 keeps them for as long as the process lives, in the keys of caches (of fake
+    tensors, of shapes) and in a table of the last export's nodes, and with them every weight: 5 GB at 8B."""
+    for module in outer.modules():
+        if isinstance(module, LoweredBackendModule):
+            module.named_data_store_output.buffers.clear()
 
 
 def describe(spec: ModelSpec, *, context: int) -> dict[str, Any]:

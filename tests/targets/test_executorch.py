@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -468,6 +469,16 @@ def test_the_same_inputs_give_the_same_bytes(toy: Callable[[str], Lowered], tmp_
     again = TARGET.lower(lowered.graph, lowered.store, lowered.plan, tmp_path)
     assert again.path.read_bytes() == lowered.artifact.path.read_bytes()
     assert list(tmp_path.iterdir()) == [again.path]
+
+
+@pytest.mark.toolchain
+def test_no_weight_of_a_program_outlives_its_writing(toy: Callable[[str], Lowered], tmp_path: Path) -> None:
+    TARGET.lower(toy("int4").graph, toy("int4").store, toy("int4").plan, tmp_path)
+    from executorch.exir._serialize._named_data_store import NamedDataStoreOutput  # the border has silenced its imports
+
+    gc.collect()
+    kept = [len(one.buffers) for one in gc.get_objects() if type(one) is NamedDataStoreOutput]
+    assert sum(kept) == 0
 
 
 @pytest.mark.toolchain
