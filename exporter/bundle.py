@@ -19,7 +19,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.checkpoint.config import read_json
 from exporter.errors import InputError
 from exporter.files import save_tensors, sha256
-from exporter.parity import Drive, GoldenLogits
+from exporter.parity import Drive, Floor, GoldenLogits
 from exporter.spec import (
     Activations,
     Arithmetic,
@@ -53,7 +53,7 @@ class Goldens:
 
     drive: Drive
     logits: GoldenLogits
-    floor_kl_nats: float
+    floor: Floor
     weight_sha256: Mapping[str, str]
     prompts: Sequence[Mapping[str, Any]]
     """Each with ``text``, its token ``ids``, the reference's ``greedy_ids`` and ``greedy_text``, and how clear each
@@ -75,7 +75,7 @@ class Goldens:
             folder / GOLDENS,
             {
                 "prefills": list(self.drive.prefills),
-                "floor_kl_nats": self.floor_kl_nats,
+                **self.floor.figures(),
                 "prompts": list(self.prompts),
                 "chats": list(self.chats),
                 "weight_sha256": dict(self.weight_sha256),
@@ -93,7 +93,7 @@ class Goldens:
             return cls(
                 drive=Drive(ids=tuple(tensors.pop("ids").tolist()), prefills=(first, second)),
                 logits=GoldenLogits(**tensors),
-                floor_kl_nats=content["floor_kl_nats"],
+                floor=Floor(mean_kl_nats=content["floor_kl_nats"], worst_kl_nats=content["floor_worst_kl_nats"]),
                 weight_sha256=content["weight_sha256"],
                 prompts=content["prompts"],
                 chats=content.get("chats", ()),  # bundles of version 0.1.0 have none

@@ -84,8 +84,9 @@ def _parity(report: Mapping[str, Any]) -> Iterator[Check]:
     yield Check(
         name=shipped,
         verdict=Verdict.FAILED if faults else Verdict.PASSED,
-        figure=f"mean KL {report['mean_kl_nats']:.1e} nats, top-1 {report['top1_agreement']:.1%}",
-        bound=f"{report['gate_mean_kl_nats']:.1e} nats",
+        figure=f"mean KL {report['mean_kl_nats']:.1e} nats, worst {report['worst_kl_nats']:.1e}, "
+        f"top-1 {report['top1_agreement']:.1%}",
+        bound=f"{report['gate_mean_kl_nats']:.1e} nats, {report['gate_worst_kl_nats']:.1e}",
         reason="; ".join(faults),
     )
 

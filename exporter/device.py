@@ -21,6 +21,7 @@ DEVICES = "devices"
 _PARITY = {
     "positions": int,
     "mean_kl_nats": float,
+    "worst_kl_nats": float,
     "top1_agreement": float,
     "decided_top1_agreement": float,
     "decided_positions": int,
@@ -85,7 +86,7 @@ def _parity(told: Mapping[str, Any], *, bundle: Path, manifest: Mapping[str, Any
     figures = {name: _number(found, name, kind) for name, kind in _PARITY.items()}
     goldens = Goldens.read(bundle)
     judged = judge(
-        {"runtime": runtime, **figures, "floor_kl_nats": goldens.floor_kl_nats, **structure_figures(None)},
+        {"runtime": runtime, **figures, **goldens.floor.figures(), **structure_figures(None)},
         artifact=read_artifact(manifest, path=bundle),
     )
     faults = [judged.reason] if judged.reason else []

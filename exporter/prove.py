@@ -25,6 +25,7 @@ from exporter.parity import (
     FLOOR_MULTIPLE,
     FLOOR_NOISE,
     Drive,
+    Floor,
     GoldenLogits,
     Structure,
     all_at_once,
@@ -56,7 +57,7 @@ class Answers:
     drive: Drive
     shipped: Tensor
     """With the target's arithmetic: float32 ``[m, V]``."""
-    floor_kl_nats: float
+    floor: Floor
 
 
 def ask_reference(graph: Graph, store: WeightStore, artifact: Artifact, steps: Drive) -> Answers:
@@ -68,7 +69,7 @@ def ask_reference(graph: Graph, store: WeightStore, artifact: Artifact, steps: D
         weights=store,
         drive=steps,
         shipped=shipped,
-        floor_kl_nats=kl_divergence(shipped, noisy).mean().item(),
+        floor=Floor.of(kl_divergence(shipped, noisy)),
     )
 
 
@@ -100,7 +101,7 @@ def make_goldens(
     return Goldens(
         drive=answers.drive,
         logits=GoldenLogits.of(answers.shipped),
-        floor_kl_nats=answers.floor_kl_nats,
+        floor=answers.floor,
         weight_sha256=weight_digests(store),
         prompts=prompts,
         chats=_chats(tokenizer),
@@ -137,7 +138,7 @@ def prove_parity(
         expected=answers.shipped,
         got=got,
         structure=structure,
-        floor_kl_nats=answers.floor_kl_nats,
+        floor=answers.floor,
         artifact=artifact,
         runtime=target.runtime(),
     )
@@ -181,7 +182,7 @@ def prove_parity_by_goldens(target: Target, artifact: Artifact, goldens: Goldens
         "runtime": target.runtime(),
         **goldens.logits.figures(got),
         **structure_figures(None),
-        "floor_kl_nats": goldens.floor_kl_nats,
+        **goldens.floor.figures(),
     }
     return judge(figures, artifact=artifact)
 

@@ -221,7 +221,7 @@ def _parity_line(outcome: Outcome) -> str:
     told = "not run" if structure is None else f"{structure:.1e}"
     return (
         f"{outcome.target}: parity over {parity['positions']} positions: structure {told}, "
-        f"KL {parity['mean_kl_nats']:.1e} (floor {parity['floor_kl_nats']:.1e}), "
+        f"KL {parity['mean_kl_nats']:.1e} (floor {parity['floor_kl_nats']:.1e}), worst {parity['worst_kl_nats']:.1e}, "
         f"top-1 {parity['top1_agreement']:.1%}; {parity['runtime']}"
     )
 

@@ -181,6 +181,7 @@ def test_the_manifest_tells_what_the_artifact_is(bundle: Bundle) -> None:
         "codes": {"verdict", "tensors"},
         "parity": {
             *("verdict", "runtime", "positions", "structure_max_abs_logit_diff", "mean_kl_nats", "floor_kl_nats"),
+            *("worst_kl_nats", "floor_worst_kl_nats"),
             *("top1_agreement", "max_abs_logit_diff"),
         },
         "quality": {"verdict", "mean_kl_nats", "p99_kl_nats", "top1_agreement", "perplexity", "reference_perplexity"},

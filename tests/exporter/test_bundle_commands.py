@@ -528,6 +528,7 @@ def _set(*path: str, to: object) -> Callable[[dict[str, Any]], None]:
     ("change", "verdict", "says"),
     [
         (_set("parity", "mean_kl_nats", to=0.5), "failed", "mean KL is 0.5 nats"),
+        (_set("parity", "worst_kl_nats", to=0.5), "failed", "KL at the worst position is 0.5 nats"),
         (_set("parity", "positions", to=3), "failed", "3 positions were tested, the goldens have 145"),
         (_set("greedy", "agreeing", to=19), "failed", "1 of 20 greedy tokens are not the goldens'"),
         (_set("chats", "agreeing", to=3), "failed", "2 of 5 chat renders are not the goldens'"),

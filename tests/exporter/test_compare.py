@@ -30,7 +30,11 @@ OLD: dict[str, Any] = {
     "calibration": {"algorithm": "rtn", "seconds": {"rounding": 1.0}},
     "files": [{"path": "model.onnx", "bytes": 1000, "sha256": "x"}],
     "codes": {"verdict": "passed"},
-    "parity": {"verdict": "passed", "mean_kl_nats": 1e-4, "gate_mean_kl_nats": 1e-3, "top1_agreement": 1.0},
+    "parity": {
+        **{"verdict": "passed", "mean_kl_nats": 1e-4, "gate_mean_kl_nats": 1e-3, "top1_agreement": 1.0},
+        **{"worst_kl_nats": 1e-3, "gate_worst_kl_nats": 1e-2, "structure_max_abs_logit_diff": None},
+        **{"gate_structure_max_abs": None, "decided_top1_agreement": 1.0, "gate_decided_top1_agreement": 0.0},
+    },
     "quality": {"verdict": "passed", "mean_kl_nats": 1e-2, "mean_kl_nats_interval": [0.9e-2, 1.1e-2]},
     "latency": {
         **{"verdict": "passed", "host": "here", "threads": 2},
@@ -60,7 +64,8 @@ def of_bytes(count: int) -> list[dict[str, Any]]:
         ({"parity": {"verdict": "failed", "reason": "mean KL is 1"}}, 7, "parity was passed and is failed: mean KL"),
         ({"parity": {"verdict": "not measured", "reason": "no host"}}, 7, "parity was passed and is not measured"),
         ({"codes": {"verdict": "failed", "reason": "w differs"}}, 7, "codes was passed and is failed: w differs"),
-        ({"parity": {"mean_kl_nats": 2e-3}}, 7, "parity: mean KL is 0.002 nats, its gate is 0.001"),
+        ({"parity": {"mean_kl_nats": 2e-3}}, 7, "parity: mean KL is 0.002 nats, at most 0.001 was expected"),
+        ({"parity": {"worst_kl_nats": 0.02}}, 7, "parity: KL at the worst position is 0.02 nats, at most 0.01"),
         ({"parity": {"mean_kl_nats": float("nan")}}, 7, "parity: mean KL is nan"),
         ({"quality": {"verdict": "failed", "reason": "over budget"}}, 8, "quality was passed and is failed"),
         ({"quality": LOSSY}, 8, "quality: mean KL was 0.01 nats and is 0.013 (0.012 to 0.014), at most 0.011"),

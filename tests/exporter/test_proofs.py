@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,17 @@ from calibration.rtn import round_to_nearest
 from exporter.codes import check_codes, digest
 from exporter.metrics import bootstrap_interval, kl_divergence, negative_log_likelihood, perplexity, top1_agreement
 from exporter.model.reference import round_activations
-from exporter.parity import Drive, GoldenLogits, Structure, check_parity, drive_for, gate, structure_bound
+from exporter.parity import (
+    Drive,
+    Floor,
+    Gate,
+    GoldenLogits,
+    Structure,
+    check_parity,
+    drive_for,
+    gate,
+    structure_bound,
+)
 from exporter.quality import evaluation_windows
 from exporter.quantized import QuantizedTensor
 from exporter.spec import (
@@ -100,6 +111,9 @@ def artifact_of(precision: str, *, compute: str = "fp32") -> Artifact:
     )
 
 
+FLOOR = Floor(mean_kl_nats=1e-6, worst_kl_nats=1e-5)
+
+
 @pytest.mark.parametrize(
     ("precision", "compute", "structure", "noise", "verdict", "says"),
     [
@@ -122,12 +136,29 @@ def test_each_gate_of_parity_fails_on_its_own(
         expected=expected,
         got=expected + noise * logits(4, rows=40),
         structure=Structure(max_abs_logit_diff=structure, allowed=structure_bound(artifact), positions=40),
-        floor_kl_nats=1e-6,
+        floor=FLOOR,
         artifact=artifact,
         runtime="none",
     )
     assert report.verdict == verdict
     assert says in report.reason
+
+
+@pytest.mark.parametrize(("compute", "most"), [("fp32", 1e-4), ("fp16", 1e-3)])
+def test_one_position_that_is_wrong_fails_where_the_mean_of_all_does_not(compute: str, most: float) -> None:
+    expected = logits(3, rows=1000)
+    got = expected.clone()
+    got[700] += 0.2 * logits(4, rows=1000)[700]
+    report = check_parity(
+        expected=expected,
+        got=got,
+        structure=None,
+        floor=Floor(mean_kl_nats=1e-3, worst_kl_nats=1e-5),
+        artifact=artifact_of("int4", compute=compute),
+        runtime="none",
+    )
+    assert report.verdict is Verdict.FAILED
+    assert re.fullmatch(f"KL at the worst position is 0.0[0-9]+ nats, at most {most} was expected", report.reason)
 
 
 def test_a_choice_that_was_clear_and_is_lost_fails_where_the_target_computes_in_fp16() -> None:
@@ -139,7 +170,7 @@ def test_a_choice_that_was_clear_and_is_lost_fails_where_the_target_computes_in_
         expected=expected,
         got=got,
         structure=None,
-        floor_kl_nats=1e-6,
+        floor=FLOOR,
         artifact=artifact_of("int4", compute="fp16"),
         runtime="none",
     )
@@ -163,10 +194,13 @@ def test_gates_follow_the_floor_unless_the_target_computes_in_fp16() -> None:
     def arithmetic(compute: str, cache: str = "fp32") -> Arithmetic:
         return Arithmetic(activations=Activations.FLOAT, compute_dtype=compute, kv_dtype=cache)
 
-    assert gate(arithmetic("fp32"), floor_kl_nats=2e-6).mean_kl_nats == pytest.approx(2e-5)
-    assert gate(arithmetic("fp16"), floor_kl_nats=2e-6).mean_kl_nats == 1e-4
-    assert gate(arithmetic("fp32", "fp16"), floor_kl_nats=2e-6).mean_kl_nats == 1e-4
-    assert gate(arithmetic("fp16"), floor_kl_nats=2e-6).decided_top1_agreement == 0.995
+    floor = Floor(mean_kl_nats=2e-6, worst_kl_nats=5e-6)
+    assert gate(arithmetic("fp32"), floor=floor) == Gate(
+        mean_kl_nats=pytest.approx(2e-5), worst_kl_nats=pytest.approx(5e-5), decided_top1_agreement=0.0
+    )
+    half = Gate(mean_kl_nats=1e-4, worst_kl_nats=1e-3, decided_top1_agreement=0.995)
+    assert gate(arithmetic("fp16"), floor=floor) == half
+    assert gate(arithmetic("fp32", "fp16"), floor=floor) == half
 
 
 def test_top1_counts_a_near_tie_that_fp16_cannot_tell_as_undecided() -> None:

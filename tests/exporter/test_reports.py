@@ -21,7 +21,7 @@ from exporter.html import html
 from exporter.junit import junit
 from exporter.limits import Limits, check_limits
 from exporter.markdown import markdown, workflow_commands
-from exporter.parity import Drive, GoldenLogits
+from exporter.parity import Drive, Floor, GoldenLogits
 from exporter.pipeline import Outcome
 from exporter.report import ReportFiles, write_reports
 from exporter.spec import Verdict
@@ -35,7 +35,8 @@ def manifest_of(**changes: Any) -> dict[str, Any]:
         **{"verdict": "passed", "runtime": "none", "positions": 3, "structure_max_abs_logit_diff": 2e-5},
         **{"gate_structure_max_abs": 1e-4, "structure_positions": 3, "mean_kl_nats": 1e-4, "floor_kl_nats": 1e-4},
         **{"top1_agreement": 1.0, "decided_top1_agreement": 1.0, "decided_positions": 3, "max_abs_logit_diff": 0.1},
-        **{"gate_mean_kl_nats": 1e-3, "gate_decided_top1_agreement": 0.0},
+        **{"gate_mean_kl_nats": 1e-3, "gate_worst_kl_nats": 1e-2, "gate_decided_top1_agreement": 0.0},
+        **{"worst_kl_nats": 5e-3, "floor_worst_kl_nats": 1e-3},
         **{"kl_by_position_nats": [1e-4, 0.0, math.inf], "top1_missed": [1]},
     }
     manifest = {
@@ -65,7 +66,7 @@ def folder(tmp_path: Path) -> Path:
     Goldens(
         drive=Drive(ids=(1, 0, 1, 0, 1), prefills=(2, 2)),
         logits=GoldenLogits.of(logits),
-        floor_kl_nats=1e-4,
+        floor=Floor(mean_kl_nats=1e-4, worst_kl_nats=1e-3),
         weight_sha256={},
         prompts=[prompt],
         chats=[],

@@ -29,21 +29,16 @@ public struct Manifest: Decodable, Sendable {
         public let sha256: String
     }
 
-    public struct Scheme: Decodable, Sendable {
-        public let computeType: String?
-        public let cacheType: String?
-
-        enum CodingKeys: String, CodingKey {
-            case computeType = "compute_dtype"
-            case cacheType = "kv_dtype"
-        }
-    }
-
+    /// What the export itself had to keep.
     public struct Parity: Decodable, Sendable {
-        public let gateMeanKL: Double?
+        public let gateMeanKL: Double
+        public let gateWorstKL: Double
+        public let gateDecidedTop1Agreement: Double
 
         enum CodingKeys: String, CodingKey {
             case gateMeanKL = "gate_mean_kl_nats"
+            case gateWorstKL = "gate_worst_kl_nats"
+            case gateDecidedTop1Agreement = "gate_decided_top1_agreement"
         }
     }
 
@@ -64,8 +59,7 @@ public struct Manifest: Decodable, Sendable {
     public let context: Int
     public let logits: Logits
     public let files: [File]
-    public let scheme: Scheme?
-    public let parity: Parity?
+    public let parity: Parity
 
     static let schema = "llama-export/bundle/1"
 

@@ -4,6 +4,8 @@ import Foundation
 public struct Parity: Codable, Equatable, Sendable {
     public var positions: Int
     public var meanKL: Double
+    /// At any one position.
+    public var worstKL: Double
     public var top1Agreement: Double
     public var decidedTop1Agreement: Double
     public var decidedPositions: Int
@@ -12,6 +14,7 @@ public struct Parity: Codable, Equatable, Sendable {
     enum CodingKeys: String, CodingKey {
         case positions
         case meanKL = "mean_kl_nats"
+        case worstKL = "worst_kl_nats"
         case top1Agreement = "top1_agreement"
         case decidedTop1Agreement = "decided_top1_agreement"
         case decidedPositions = "decided_positions"
@@ -87,6 +90,7 @@ extension Parity {
         self.init(
             positions: rows.count,
             meanKL: rows.reduce(0) { $0 + $1.kl } / Double(rows.count),
+            worstKL: rows.map(\.kl).max() ?? 0,
             top1Agreement: Double(rows.count(where: \.agrees)) / Double(rows.count),
             decidedTop1Agreement: decided.isEmpty ? 1 : Double(decided.count(where: \.agrees)) / Double(decided.count),
             decidedPositions: decided.count,

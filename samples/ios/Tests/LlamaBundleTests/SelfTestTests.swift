@@ -170,7 +170,7 @@ final class SelfTestTests: XCTestCase {
         XCTAssertEqual(
             Set(try XCTUnwrap(json["parity"] as? [String: Any]).keys),
             [
-                "positions", "mean_kl_nats", "top1_agreement", "decided_top1_agreement", "decided_positions",
+                "positions", "mean_kl_nats", "worst_kl_nats", "top1_agreement", "decided_top1_agreement", "decided_positions",
                 "max_abs_logit_diff",
             ])
     }

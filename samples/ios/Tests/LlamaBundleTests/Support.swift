@@ -83,7 +83,7 @@ struct TinyBundle {
             {"schema": "\(schema)", "target": "onnxruntime", "context": 16, "logits": "last",
              "model": {"vocab_size": 4, "num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 2,
                        "bos_token_id": null, "eos_token_ids": [3]},
-             "scheme": {"compute_dtype": "fp32", "kv_dtype": "fp32"}, "parity": {"gate_mean_kl_nats": 0.001},
+             "parity": {"gate_mean_kl_nats": 0.001, "gate_worst_kl_nats": 0.01, "gate_decided_top1_agreement": 0},
              "files": [\(files.joined(separator: ", "))]}
             """, to: folder, "manifest.json")
     }

@@ -11,8 +11,8 @@ class Manifest(
     val logits: Logits,
     val model: Model,
     val files: List<BundleFile>,
-    /** Whether the artifact computes, or keeps its cache, in fp16: its parity has bounds of its own. */
-    val halfPrecision: Boolean,
+    /** What the export itself had to keep, and `llama-export validate` holds a report to. */
+    val gate: Gate,
 ) {
     /** Which rows an artifact answers with: the last token's, or one for each token fed. */
     enum class Logits { LAST, ALL }
@@ -43,7 +43,7 @@ class Manifest(
                 )
             }
             val model = json["model"]
-            val dtypes = listOf("compute_dtype", "kv_dtype").map { json["scheme"][it].string() }
+            val parity = json["parity"]
             return Manifest(
                 target = json["target"].oneOf(TARGETS),
                 context = json["context"].positive(),
@@ -58,7 +58,11 @@ class Manifest(
                     eosTokenIds = model["eos_token_ids"].longs().toSet(),
                 ),
                 files = json["files"].list().map(BundleFile::read),
-                halfPrecision = "fp16" in dtypes,
+                gate = Gate(
+                    meanKlNats = parity["gate_mean_kl_nats"].double(),
+                    worstKlNats = parity["gate_worst_kl_nats"].double(),
+                    decidedTop1Agreement = parity["gate_decided_top1_agreement"].double(),
+                ),
             )
         }
     }

@@ -31,7 +31,8 @@ class DeviceReport(
         put("device", section("model" to device.model, "os" to device.os, "runtime" to device.runtime, "app" to device.app))
         put("parity", parity.section(PARITY) {
             listOf(
-                it.positions, it.meanKlNats, it.top1Agreement, it.decidedTop1Agreement, it.decidedPositions,
+                it.positions, it.meanKlNats, it.worstKlNats, it.top1Agreement, it.decidedTop1Agreement,
+                it.decidedPositions,
                 it.maxAbsLogitDiff.toDouble(), // digit for digit as the exporter writes a float32
             )
         })
@@ -66,8 +67,8 @@ class DeviceReport(
         const val SCHEMA = "llama-export/device-report/1"
 
         private val PARITY = listOf(
-            "positions", "mean_kl_nats", "top1_agreement", "decided_top1_agreement", "decided_positions",
-            "max_abs_logit_diff",
+            "positions", "mean_kl_nats", "worst_kl_nats", "top1_agreement", "decided_top1_agreement",
+            "decided_positions", "max_abs_logit_diff",
         )
         private val GREEDY = listOf("prompts", "compared", "agreeing")
         private val CHATS = listOf("compared", "agreeing")

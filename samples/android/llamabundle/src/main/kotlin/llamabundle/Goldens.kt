@@ -12,7 +12,6 @@ class Goldens(
     val prefills: Pair<Int, Int>,
     val logits: GoldenLogits,
     /** The mean KL that noise of 1e-6 on each linear of the reference gives. */
-    val floorKlNats: Double,
     val prompts: List<Prompt>,
     val chats: List<Chat>,
 ) {
@@ -52,7 +51,6 @@ class Goldens(
                 ids = ids,
                 prefills = first.toInt() to second.toInt(),
                 logits = logits,
-                floorKlNats = field["floor_kl_nats"].double(),
                 prompts = field["prompts"].list().map(::prompt),
                 chats = field["chats"].let { if (it.isNull) emptyList() else it.list().map(::chat) },
             )

@@ -32,7 +32,7 @@ fun Suite.deviceReportTests() {
         expect(json.fields("device"), listOf("model", "os", "runtime", "app"))
         expect(
             json.fields("parity"),
-            ("positions mean_kl_nats top1_agreement decided_top1_agreement decided_positions " +
+            ("positions mean_kl_nats worst_kl_nats top1_agreement decided_top1_agreement decided_positions " +
                 "max_abs_logit_diff").split(" "),
         )
         expect(json.fields("greedy"), listOf("prompts", "compared", "agreeing"))

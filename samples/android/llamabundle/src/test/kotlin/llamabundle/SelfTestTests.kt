@@ -103,7 +103,7 @@ fun Suite.selfTestTests() {
         check(parity.meanKlNats < 1e-9) { "mean KL is ${parity.meanKlNats}" }
         expect(parity.top1Agreement to parity.decidedTop1Agreement, 1.0 to 1.0)
         expect(parity.maxAbsLogitDiff, 0f)
-        expect(selfTest.gate.faults(parity), emptyList())
+        expect(sampleBundle.manifest.gate.faults(parity), emptyList())
         val greedy = selfTest.greedy()
         expect(greedy.agreeing, greedy.compared)
         val clear = sampleBundle.goldens().prompts.sumOf { p -> p.greedyMargins.takeWhile { it >= 0.25 }.size }
@@ -112,7 +112,7 @@ fun Suite.selfTestTests() {
     test("a runner that swaps its best two fails, and greedy stops at the first difference") {
         val selfTest = SelfTest(sampleBundle, Replaying(sampleBundle, ::swapBestTwo))
         val parity = selfTest.parity()
-        check("mean KL" in selfTest.gate.faults(parity).first())
+        check("mean KL" in sampleBundle.manifest.gate.faults(parity).first())
         expect(parity.decidedTop1Agreement, 0.0)
         val greedy = selfTest.greedy()
         val begun = sampleBundle.goldens().prompts.count { it.greedyMargins.first() >= 0.25 }

@@ -54,7 +54,7 @@ class LoadedBundle private constructor(
         return Outcome(report, faults(selfTest, parity))
     }
 
-    private fun faults(selfTest: SelfTest, parity: Parity) = selfTest.gate.faults(parity)
+    private fun faults(selfTest: SelfTest, parity: Parity) = bundle.manifest.gate.faults(parity)
 
     /** Says [text] and hands over the answer as it comes, in whole characters, until [onText] returns false. */
     fun say(text: String, sampler: Sampler, onText: (String) -> Boolean): End {
