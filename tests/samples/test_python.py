@@ -88,6 +88,11 @@ def command(bundle: Path, report: Path) -> list[str]:
     return [sys.executable, str(SAMPLE / "serve.py"), str(bundle), *words]
 
 
+def run_to_its_end(bundle: Path, report: Path) -> subprocess.CompletedProcess[str]:
+    """A server that refuses: one that serves would go on for ever."""
+    return subprocess.run(command(bundle, report), capture_output=True, text=True, check=False, timeout=60)
+
+
 @contextmanager
 def serving(bundle: Path, report: Path) -> Iterator[Served]:
     with subprocess.Popen(command(bundle, report), stderr=subprocess.PIPE, text=True) as process:
@@ -203,7 +208,7 @@ def test_a_bundle_with_one_changed_bit_is_refused(bundle: Path, tmp_path: Path) 
     content = bytearray((changed / WEIGHTS).read_bytes())
     content[len(content) // 2] ^= 1
     (changed / WEIGHTS).write_bytes(content)
-    done = subprocess.run(command(changed, tmp_path / "r.json"), capture_output=True, text=True, check=False)
+    done = run_to_its_end(changed, tmp_path / "r.json")
     assert done.returncode == 3
     assert re.search(rf"^error: {WEIGHTS} has the SHA-256 \w{{12}}…, the manifest says \w{{12}}…", done.stderr)
     assert not (tmp_path / "r.json").exists()
@@ -226,7 +231,7 @@ def test_a_changed_weight_whose_checksum_was_made_to_fit_is_not_served(bundle: P
     manifest = json.loads((changed / MANIFEST).read_text())
     write_json(changed / MANIFEST, {**manifest, "files": file_entries(changed)})
     report = tmp_path / "device-report.json"
-    done = subprocess.run(command(changed, report), capture_output=True, text=True, check=False)
+    done = run_to_its_end(changed, report)
     assert done.returncode == 7
     assert "error: not served: mean KL is " in done.stderr
     result = CliRunner().invoke(app, ["validate", str(changed), "--device-report", str(report)])
