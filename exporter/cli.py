@@ -320,10 +320,23 @@ def validate(
             "--bisect", help="Name the first layer and op where artifact and reference part. Needs --against."
         ),
     ] = False,
+    compute_units: Annotated[
+        str | None,
+        typer.Option(
+            "--compute-units",
+            help="What Core ML may run on, on a Mac: CPU_AND_GPU, which packages are made for, ALL, CPU_ONLY or "
+            "CPU_AND_NE.",
+            show_default="CPU_AND_GPU",
+        ),
+    ] = None,
     junit: Annotated[Path | None, _report("--junit", "Write JUnit XML.")] = None,
     markdown: Annotated[Path | None, _report("--markdown", "Write a summary in GitHub's Markdown.")] = None,
     html: Annotated[Path | None, _report("--html", "Write a report with plots, in one file.")] = None,
     json_file: Annotated[Path | None, _report("--json-file", "Write what --json prints.")] = None,
+    device_report_file: Annotated[
+        Path | None,
+        _report("--device-report-file", "Write what was measured here as a device report, for --device-report."),
+    ] = None,
     annotate: Annotated[
         bool | None,
         typer.Option(
@@ -353,10 +366,16 @@ def validate(
         if annotate and as_json:
             raise UsageError("--annotations and --json both want stdout", hint="take --json-file for one of them")
         annotate = annotate or (annotate is None and not as_json and os.environ.get("GITHUB_ACTIONS") == "true")
-        if device_reports and (against or bisect):
+        here = {
+            "--against": against,
+            "--bisect": bisect,
+            "--compute-units": compute_units,
+            "--device-report-file": device_report_file,
+        }
+        if device_reports and any(here.values()):
+            named = next(option for option, value in here.items() if value)
             raise UsageError(
-                "--device-report proves nothing on this host",
-                hint=f"leave {'--against' if against else '--bisect'} out, or validate twice",
+                "--device-report proves nothing on this host", hint=f"leave {named} out, or validate twice"
             )
         files = ReportFiles(junit=junit, markdown=markdown, html=html, json_file=json_file)
         limits = Limits(
@@ -379,6 +398,8 @@ def validate(
                     threads=threads,
                     limits=limits,
                     bisect=bisect,
+                    compute_units=compute_units,
+                    device_report=device_report_file,
                     progress=progress,
                 )
             ]

@@ -1,10 +1,13 @@
-"""What a phone said of a bundle: its self-test's report, judged by the same gates, and kept in the manifest."""
+"""What a phone said of a bundle: its self-test's report, judged by the same gates, and kept in the manifest; and such a
+report of this host, for a bundle that is kept elsewhere."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import platform
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ _PARITY = {
     "max_abs_logit_diff": float,
 }
 _LATENCY = ("load_s", "time_to_first_token_ms", "prefill_tokens_per_s", "decode_tokens_per_s")
+_RUNS = ("prompt_tokens", "decoded_tokens", "threads", "runs")
 _TEST_AGAIN = "run the self-test of the sample app again with this bundle"
 
 
@@ -59,6 +63,28 @@ def fold(bundle: Path, report: Path) -> dict[str, Any]:
     return entry
 
 
+def report_of_this_host(bundle: Path, proven: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``validate`` has found of a bundle here, as a phone would tell it. ``proven``: its manifest, but with what
+    this host has found."""
+    parity, latency = proven["parity"], proven["latency"]
+    return {
+        "schema": SCHEMA,
+        "manifest_sha256": _sha256_as_exported(read_json(bundle / MANIFEST)),
+        "device": {
+            "model": platform.machine(),
+            "os": platform.platform(),
+            "runtime": parity["runtime"],
+            "app": f"llama-export {version('llama-export')}",
+        },
+        "parity": {name: parity[name] for name in _PARITY},
+        "greedy": None,
+        "chats": None,
+        "latency": {name: latency[name] for name in (*_LATENCY, *_RUNS)},
+        "peak_memory_bytes": None,
+        "reason": "validate compares logits, and measures no peak of memory",
+    }
+
+
 def _check(told: Mapping[str, Any], report: Path, *, bundle: Path, manifest: Mapping[str, Any]) -> None:
     if told.get("schema") != SCHEMA:
         raise InputError(
@@ -68,13 +94,18 @@ def _check(told: Mapping[str, Any], report: Path, *, bundle: Path, manifest: Map
     device = told.get("device")
     if not isinstance(device, dict) or not all(isinstance(device.get(key), str) for key in ("model", "os", "runtime")):
         raise InputError(f"{report} does not say which device, system and runtime it is of", hint=_TEST_AGAIN)
-    exported = {key: value for key, value in manifest.items() if key != DEVICES}
-    known = {sha256(bundle / MANIFEST), hashlib.sha256(as_bytes(exported)).hexdigest()}
+    known = {sha256(bundle / MANIFEST), _sha256_as_exported(manifest)}
     if told.get("manifest_sha256") not in known:
         raise InputError(
             f"{report} is of the manifest {told.get('manifest_sha256')}, that of {bundle} is {sorted(known)[0]}",
             hint="the device has another bundle: copy this one there and test again",
         )
+
+
+def _sha256_as_exported(manifest: Mapping[str, Any]) -> str:
+    """Of the manifest as it was before any device was kept in it: the same, whatever others have said meanwhile."""
+    exported = {key: value for key, value in manifest.items() if key != DEVICES}
+    return hashlib.sha256(as_bytes(exported)).hexdigest()
 
 
 def _parity(told: Mapping[str, Any], *, bundle: Path, manifest: Mapping[str, Any]) -> Report:

@@ -52,6 +52,8 @@ def validate(
         threads=threads,
         limits=Limits(),
         bisect=False,
+        compute_units=None,
+        device_report=None,
         progress=progress,
     )
 

@@ -28,9 +28,9 @@ from exporter.bundle import (
 )
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.codes import weight_digests
-from exporter.device import fold
+from exporter.device import fold, report_of_this_host
 from exporter.errors import BudgetError, CapacityError, ExportError, InputError, ParityError, UsageError, gravest
-from exporter.files import folder_in_progress, put_in_place
+from exporter.files import folder_in_progress, put_in_place, written_whole
 from exporter.limits import Limits, check_limits
 from exporter.memory import give_back_memory
 from exporter.model.graph import Graph
@@ -252,10 +252,13 @@ def validate(
     threads: int,
     limits: Limits,
     bisect: bool,
+    compute_units: str | None,
+    device_report: Path | None,
     progress: Progress,
 ) -> Outcome:
     """Prove a bundle again: every byte, then its codes, parity and latency from its own goldens; with the checkpoint
-    also both steps of parity, and quality; then the ``limits``. Raises InputError for a bundle that is not whole."""
+    also both steps of parity, and quality; then the ``limits``. What this host has shown is written as a
+    ``device_report``, too. Raises InputError for a bundle that is not whole."""
     if limits.max_mean_kl_nats is not None and against is None:
         raise UsageError(
             "--max-mean-kl bounds quality, which needs the checkpoint", hint="name it with --against, or leave it out"
@@ -268,6 +271,11 @@ def validate(
     unobservable = target.unobservable() if bisect else None
     if unobservable:
         raise UsageError(f"--bisect: {unobservable}", hint="leave it out")
+    if compute_units:
+        target = target.on(compute_units)
+    stood_in = target.latency_unmeasurable() if device_report else None
+    if stood_in:
+        raise UsageError(f"--device-report-file: {stood_in}", hint="leave it out, or validate on such a device")
     artifact = read_artifact(manifest, path=target.find(bundle))
     goldens = Goldens.read(bundle)
     if against is None:
@@ -305,6 +313,9 @@ def validate(
     latency = prove_latency(target, artifact, ids=goldens.drive.ids, threads=threads)
     verdicts = Verdicts(codes=codes, parity=parity, quality=quality, latency=latency)
     proven = {**manifest, **verdicts.to_json()}
+    if device_report:
+        with written_whole(device_report) as temporary:
+            write_json(temporary, report_of_this_host(bundle, proven))
     return Outcome(
         target=target.name,
         folder=bundle,

@@ -138,6 +138,11 @@ class Target(Protocol):
         """Load the artifact on this host. Raises HostError where this host cannot execute it."""
         ...
 
+    def on(self, compute_units: str) -> Target:
+        """The same target, whose artifacts ``open`` runs on these processors of this host. Raises UsageError where
+        nothing can be chosen."""
+        ...
+
     def is_slow(self, spec: ModelSpec) -> bool:
         """Whether what ``open`` gives takes seconds for each token on this host, so that proofs decode few."""
         ...

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -468,6 +469,70 @@ def test_a_missing_and_a_stray_file_are_refused(bundle: Bundle, tmp_path: Path) 
     (tampered / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"lacks tokenizer.json"):
         open_bundle(tampered)
+
+
+def test_what_this_host_measures_is_a_device_report_unless_something_stood_in(bundle: Bundle, tmp_path: Path) -> None:
+    copied, file = bundle.copy(tmp_path / "bundle"), tmp_path / "device-report.json"
+    words = ["validate", str(copied), "--threads", "1", "--json"]
+    here = RUNNER.invoke(app, [*words, "--device-report-file", str(file)])
+    if reason := targets.load(bundle.target).latency_unmeasurable():
+        assert (here.exit_code, file.exists()) == (2, False)
+        assert f"--device-report-file: {reason}" in here.stderr
+        return
+    assert here.exit_code == 0, here.output
+    (measured,) = json.loads(here.stdout)
+    folded = RUNNER.invoke(app, ["validate", str(copied), "--device-report", str(file)])
+    assert folded.exit_code == 0, folded.output
+    (device,) = open_bundle(copied)["devices"]
+    for kind, names in (("parity", ("positions", "mean_kl_nats")), ("latency", ("load_s", "decode_tokens_per_s"))):
+        assert [device[kind][name] for name in names] == [measured["manifest"][kind][name] for name in names]
+    assert device["parity"]["runtime"].startswith(measured["manifest"]["parity"]["runtime"])
+    assert (device["greedy"], device["chats"], device["peak_memory_bytes"]) == (None, None, None)
+
+
+@pytest.mark.parametrize("bundle", ["coreml"], indirect=True)
+def test_core_ml_is_proven_on_the_compute_units_that_were_chosen(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a Mac, but for ``MLModel``: in its place stands the evaluator, behind the same calls."""
+    from targets.coreml import runner as module
+    from targets.coreml.evaluate import Evaluator, Rounding
+
+    chosen: list[str] = []
+
+    class Model:
+        def __init__(self, path: str, *, compute_units: Any) -> None:
+            chosen.append(compute_units.name)
+            self._evaluate = Evaluator(Path(path), rounding=Rounding.FP16)
+
+        def make_state(self) -> object:
+            return self
+
+        def predict(self, inputs: dict[str, Any], *, state: object) -> dict[str, Any]:
+            ids, mask = (torch.from_numpy(inputs[name]) for name in ("inputIds", "causalMask"))
+            return {"logits": self._evaluate({"inputIds": ids, "causalMask": mask.float()})["logits"].numpy()}
+
+    stand_in = SimpleNamespace(models=SimpleNamespace(MLModel=Model), ComputeUnit=module.ct.ComputeUnit)
+    monkeypatch.setattr("targets.coreml.executes_here", lambda: True)
+    monkeypatch.setattr(module, "ct", stand_in)
+    copied = bundle.copy(tmp_path / "bundle")
+    for units in ("CPU_AND_NE", "ALL"):
+        file = tmp_path / f"{units}.json"
+        words = ["validate", str(copied), "--compute-units", units, "--device-report-file", str(file), "--json"]
+        here = RUNNER.invoke(app, words)
+        assert here.exit_code == 0, here.output
+        assert set(chosen) == {units}
+        assert RUNNER.invoke(app, ["validate", str(copied), "--device-report", str(file)]).exit_code == 0
+        chosen.clear()
+    told = [device["device"]["runtime"].split(",")[0] for device in open_bundle(copied)["devices"]]
+    assert told == ["Core ML on ALL", "Core ML on CPU_AND_NE"]  # each is kept
+
+
+@pytest.mark.parametrize(("option", "value"), [("--compute-units", "ALL"), ("--device-report-file", "here.json")])
+def test_a_device_report_is_not_taken_and_made_at_once(bundle: Bundle, option: str, value: str) -> None:
+    result = RUNNER.invoke(app, ["validate", str(bundle.folder), "--device-report", "theirs.json", option, value])
+    assert result.exit_code == 2
+    assert f"leave {option} out" in result.stderr
 
 
 def test_another_checkpoint_is_not_what_it_was_made_from(bundle: Bundle, sample: Path, tmp_path: Path) -> None:

@@ -23,14 +23,22 @@ const browser = await chromium.launch({
 
 const strangers = [];
 const troubles = [];
+const watched = new Set();
 
-async function open(query, options = {}, before = () => {}) {
+/** A page; `inWorker` runs in its worker before all else. */
+async function open(query, options = {}, inWorker = null) {
   const context = await browser.newContext({ viewport: { width: 1100, height: 760 }, ...options });
   const page = await context.newPage();
-  await page.addInitScript(before);
   page.setDefaultTimeout(SLOW);
+  if (inWorker) {
+    await page.route(/\/worker-[^/]*\.js$/, async (route) => {
+      const response = await route.fetch();
+      await route.fulfill({ response, body: `(${inWorker})();\n${await response.text()}` });
+    });
+  }
   page.on("request", (request) => {
-    const { origin, protocol } = new URL(request.url());
+    const { origin, protocol, pathname } = new URL(request.url());
+    watched.add(pathname);
     if (protocol.startsWith("http") && origin !== new URL(base).origin) strangers.push(request.url());
   });
   page.on("pageerror", (error) => troubles.push(`${query}: ${error.message}`));
@@ -91,6 +99,8 @@ const seen = {};
   await shot(page, "desktop-light-welcome");
   seen.wasm.provider = await page.locator("#provider").textContent();
   seen.wasm.isolated = await page.evaluate(() => crossOriginIsolated);
+  seen.wasm.workers = page.workers().length;
+  seen.wasm.loadedByThePage = await page.evaluate(() => performance.getEntriesByType("resource").map(({ name }) => name));
   seen.wasm.answer = await watch(page, question, { stop: false });
   seen.wasm.second = await ask(page, "And what did he say to the king, my lord?");
   await shot(page, "desktop-light-chat");
@@ -152,5 +162,5 @@ for (const colorScheme of ["light", "dark"]) {
   seen.webgpu = error ? { error } : { error, provider, ...(await selfTest(page)) };
 }
 
-console.log(JSON.stringify({ ...seen, strangers, troubles, browser: browser.version() }, null, 2));
+console.log(JSON.stringify({ ...seen, watched: [...watched], strangers, troubles, browser: browser.version() }, null, 2));
 await browser.close();

@@ -37,6 +37,7 @@ export default defineConfig({
   // ONNX Runtime without its .wasm inside: src/model.ts says where that lies, so that the build has it once.
   resolve: { conditions: ["onnxruntime-web-use-extern-wasm", ...defaultClientConditions] },
   optimizeDeps: { exclude: ["onnxruntime-web/wasm", "onnxruntime-web/webgpu"] },
+  worker: { format: "es" }, // it imports one of two builds of the runtime, when it knows which
   build: { target: "es2022", assetsInlineLimit: 0 },
   server: { headers: ISOLATED },
   preview: { headers: ISOLATED },

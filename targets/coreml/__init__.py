@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from exporter.errors import UsageError
 from exporter.files import folder_in_progress, put_in_place
 from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Precision, Prefer, WeightScheme
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from targets.base import Observer, Runner, Target
 
 _PACKAGE = "model.mlpackage"
+COMPUTE_UNITS = ("CPU_AND_GPU", "ALL", "CPU_ONLY", "CPU_AND_NE")
+"""Names of ``coremltools.ComputeUnit``. The first is what a package is made for, and the default."""
 
 
 def executes_here() -> bool:
@@ -33,6 +36,9 @@ class CoreMLTarget:
     name: ClassVar[str] = "coreml"
     backends: ClassVar[tuple[str, ...]] = ("gpu",)
     format: ClassVar[str] = ".mlpackage, an ML Program for iOS 18 and macOS 15"
+
+    def __init__(self, compute_units: str = COMPUTE_UNITS[0]) -> None:
+        self._compute_units = compute_units
 
     def refuse(self, spec: ModelSpec, plan: Plan) -> str | None:
         if plan.prefer is Prefer.PREFILL:
@@ -73,7 +79,7 @@ class CoreMLTarget:
     def runtime(self) -> str:
         version = importlib.metadata.version("coremltools")
         if executes_here():
-            return f"Core ML, MLModel.predict of coremltools {version}"
+            return f"Core ML on {self._compute_units}, MLModel.predict of coremltools {version}"
         return f"MIL evaluator (reference-evaluated, not run by Core ML), package of coremltools {version}"
 
     def open(self, artifact: Artifact, *, threads: int) -> AbstractContextManager[Runner]:
@@ -82,8 +88,20 @@ class CoreMLTarget:
         from targets.coreml.runner import CoreMLRunner, run_with_core_ml, run_with_evaluator
 
         if executes_here():
-            return CoreMLRunner(artifact, lambda: run_with_core_ml(artifact.path))
+            return CoreMLRunner(artifact, lambda: run_with_core_ml(artifact.path, compute_units=self._compute_units))
         return CoreMLRunner(artifact, lambda: run_with_evaluator(artifact.path, Rounding.FP16))
+
+    def on(self, compute_units: str) -> Target:
+        if compute_units not in COMPUTE_UNITS:
+            raise UsageError(
+                f"--compute-units {compute_units} is unknown; known: {', '.join(COMPUTE_UNITS)}", hint="choose one"
+            )
+        if not executes_here():
+            raise UsageError(
+                f"--compute-units {compute_units}: Core ML runs these packages on macOS 15 and later only",
+                hint="leave it out, the evaluator then takes its place; or validate on a Mac",
+            )
+        return CoreMLTarget(compute_units)
 
     def is_slow(self, spec: ModelSpec) -> bool:
         return spec.is_large and not executes_here()

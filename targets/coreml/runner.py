@@ -24,11 +24,11 @@ def run_with_evaluator(path: Path, rounding: Rounding) -> Predict:
     return lambda ids, mask: evaluator({"inputIds": ids, "causalMask": mask.float()})["logits"]
 
 
-def run_with_core_ml(path: Path) -> Predict:
-    """CPU and GPU, for which the package is made. Raises HostError where Core ML does not load it."""
+def run_with_core_ml(path: Path, *, compute_units: str) -> Predict:
+    """On the processors that ``coremltools.ComputeUnit`` calls so. Raises HostError where Core ML does not load it."""
     try:
         with quiet():
-            model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit.CPU_AND_GPU)
+            model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[compute_units])
             state = model.make_state()
     except Exception as error:  # whatever the framework reports
         raise HostError(f"Core ML does not load {path}: {error}", hint="macOS 15 or later is needed") from error

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from exporter.errors import UsageError
 from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Prefer, WeightScheme
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ class ExecuTorchTarget:
         from targets.executorch.runner import ProgramRunner
 
         return ProgramRunner(artifact, threads=threads)
+
+    def on(self, compute_units: str) -> Target:
+        raise UsageError(f"--compute-units {compute_units}: XNNPACK runs it on the CPU here", hint="leave it out")
 
     def is_slow(self, spec: ModelSpec) -> bool:
         return False

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from exporter.errors import UsageError
 from exporter.spec import (
     EMBEDDING,
     HEAD,
@@ -87,6 +88,9 @@ class OnnxRuntimeTarget:
         from targets.onnxruntime.runner import OnnxRuntimeRunner
 
         return OnnxRuntimeRunner(artifact, threads=threads)
+
+    def on(self, compute_units: str) -> Target:
+        raise UsageError(f"--compute-units {compute_units}: ONNX Runtime runs it on the CPU here", hint="leave it out")
 
     def is_slow(self, spec: ModelSpec) -> bool:
         return False

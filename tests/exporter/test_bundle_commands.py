@@ -524,6 +524,22 @@ def _set(*path: str, to: object) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def test_a_report_of_this_host_is_taken_whoever_was_kept_meanwhile(device: Device, tmp_path: Path) -> None:
+    from exporter.device import fold, report_of_this_host
+
+    def rename(content: dict[str, Any]) -> None:
+        content["device"]["model"] = "Galaxy S24"
+
+    fold(device.bundle, device.write())
+    ours = tmp_path / "ours.json"
+    ours.write_text(json.dumps(report_of_this_host(device.bundle, open_bundle(device.bundle))))
+    fold(device.bundle, device.write(rename))
+    entry = fold(device.bundle, ours)
+    assert entry["device"]["app"].startswith("llama-export ")
+    assert entry["parity"]["mean_kl_nats"] == open_bundle(device.bundle)["parity"]["mean_kl_nats"]
+    assert len(open_bundle(device.bundle)["devices"]) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "verdict", "says"),
     [

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from exporter.bundle import MANIFEST, file_entries, write_json
 from exporter.cli import app
+from targets.coreml import COMPUTE_UNITS
 
 ROOT = Path(__file__).parents[2]
 BASH = shutil.which("bash")
@@ -152,6 +153,26 @@ def test_an_input_is_never_read_as_shell(tmp_path: Path) -> None:
     assert ran.summary == ""
 
 
+def test_what_the_runner_measures_is_kept_as_a_device_report(bundle: Path, tmp_path: Path) -> None:
+    ran = run_step("validate", tmp_path / "run", bundle=str(bundle), device_report="true")
+    assert ran.code == 0, ran.stdout
+    copied = shutil.copytree(bundle, tmp_path / "bundle")
+    again = CliRunner().invoke(
+        app, ["validate", str(copied), "--device-report", ran.outputs["device-report"], "--json"]
+    )
+    (manifest,) = (outcome["manifest"] for outcome in json.loads(again.stdout))
+    assert manifest["parity"]["verdict"] == "passed"
+    told = json.loads(Path(ran.outputs["json"]).read_text())[0]["manifest"]
+    assert manifest["parity"]["mean_kl_nats"] == told["parity"]["mean_kl_nats"] > 0
+    assert manifest["latency"]["decode_tokens_per_s"] == told["latency"]["decode_tokens_per_s"] > 0
+
+
+def test_compute_units_are_for_core_ml(bundle: Path, tmp_path: Path) -> None:
+    ran = run_step("validate", tmp_path / "run", bundle=str(bundle), compute_units="ALL")
+    assert (ran.code, ran.outputs["verdict"]) == (2, "error")
+    assert "--compute-units ALL: ONNX Runtime runs it on the CPU here" in ran.stdout
+
+
 @pytest.mark.parametrize(("version", "installed"), [("", str(ROOT)), ("0.1.0", "llama-export==0.1.0")])
 def test_what_lies_beside_the_action_is_installed_unless_a_version_is_named(
     version: str, installed: str, tmp_path: Path
@@ -180,3 +201,14 @@ def test_the_sample_workflows_set_only_inputs_that_the_action_has(name: str) -> 
     assert used["with"].keys() <= action["inputs"].keys()
     required = {name for name, given in action["inputs"].items() if given.get("required")}
     assert required <= used["with"].keys()
+
+
+def test_the_macos_workflow_runs_on_all_compute_units_and_uploads_each_ones_report() -> None:
+    (job,) = read_yaml(ROOT / "samples" / "ci" / "macos.yml")["jobs"].values()
+    assert sorted(job["strategy"]["matrix"]["compute-units"]) == sorted(COMPUTE_UNITS)
+    assert job["strategy"]["fail-fast"] is False, "one that fails would end the others"
+    (used,) = (step["with"] for step in job["steps"] if step.get("uses") == "./")
+    assert used["compute-units"] == "${{ matrix.compute-units }}"
+    assert used["compute-units"] in used["artifact-name"], "two uploads of one name are refused"
+    assert used["device-report"] == "true"
+    assert job["runs-on"].startswith("macos-")

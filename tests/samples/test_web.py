@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from itertools import takewhile
@@ -107,15 +108,25 @@ def test_the_lock_file_names_no_registry() -> None:
 
 def test_the_page_is_isolated_and_talks_to_its_own_server_only(seen: Any) -> None:
     assert seen["wasm"]["isolated"]
+    assert "/bundle/model.onnx.data" in seen["watched"], "what the worker asks for is not seen"
     assert seen["strangers"] == []
     assert seen["troubles"] == []
 
 
-def test_the_answer_begins_as_the_golden_one(seen: Any, bundle: Path, goldens: Any) -> None:
-    clear = clear_text(bundle, goldens)
-    assert clear, "no token of the golden answer is clear: nothing would be compared"
-    assert seen["wasm"]["answer"]["text"].startswith(clear)
-    assert seen["threads"]["answer"]["text"].startswith(clear)
+def test_the_model_is_not_on_the_pages_thread(seen: Any) -> None:
+    """A thread's own list of what it has loaded: the page's has neither the bundle nor the runtime."""
+    assert seen["wasm"]["workers"] >= 1
+    loaded = [urllib.parse.urlsplit(url).path for url in seen["wasm"]["loadedByThePage"]]
+    assert any(path.endswith(".js") for path in loaded)
+    assert [path for path in loaded if "/bundle/" in path or path.endswith((".wasm", ".mjs"))] == []
+
+
+def test_the_answer_is_the_golden_one_up_to_a_near_tie(seen: Any, bundle: Path, goldens: Any) -> None:
+    (prompt,) = [prompt for prompt in goldens["prompts"] if prompt["text"] == QUESTION]
+    for page in ("wasm", "threads"):
+        same = tokens_in_common(seen[page]["answer"]["text"], bundle, prompt["greedy_ids"])
+        assert same > 0, "nothing was compared"
+        assert same == len(prompt["greedy_ids"]) or prompt["greedy_margins"][same] < CLEAR_MARGIN
     assert "2 threads" in seen["threads"]["provider"]
 
 
@@ -135,10 +146,11 @@ def test_the_second_question_reads_only_what_is_new(seen: Any, goldens: Any) -> 
 
 
 def test_stop_stops(seen: Any) -> None:
-    stopped = seen["wasm"]["stopped"]
+    """Not at once: the worker hears of it between two tokens, and some may be on their way."""
+    stopped, whole = seen["wasm"]["stopped"], seen["wasm"]["answer"]["text"]
     assert stopped["figures"].endswith("stopped")
-    assert "wrote 1 token at" in stopped["figures"]
-    assert stopped["text"] == stopped["stages"][0]
+    assert whole.startswith(stopped["text"])
+    assert 0 < len(stopped["stages"][0]) <= len(stopped["text"]) < len(whole)
 
 
 def test_the_self_test_passes_on_webassembly(seen: Any, goldens: Any) -> None:
@@ -183,13 +195,11 @@ def test_the_self_test_on_webgpu(seen: Any, capsys: pytest.CaptureFixture[str]) 
     assert report["greedy"]["agreeing"] == report["greedy"]["compared"] > 0
 
 
-def clear_text(bundle: Path, goldens: Any) -> str:
-    """The golden answer's text up to its first near tie."""
-    (prompt,) = [prompt for prompt in goldens["prompts"] if prompt["text"] == QUESTION]
-    choices = zip(prompt["greedy_ids"], prompt["greedy_margins"], strict=True)
-    ids = [token for token, _ in takewhile(lambda choice: choice[1] > CLEAR_MARGIN, choices)]
-    text: str = Tokenizer.from_file(str(bundle / "tokenizer.json")).decode(ids)
-    return text
+def tokens_in_common(text: str, bundle: Path, ids: list[int]) -> int:
+    """How many of the golden tokens the text goes along with."""
+    decode = Tokenizer.from_file(str(bundle / "tokenizer.json")).decode
+    parts = (decode(ids[: at + 1]).rstrip("\N{REPLACEMENT CHARACTER}") for at in range(len(ids)))
+    return sum(1 for _ in takewhile(text.startswith, parts))
 
 
 def flip_a_bit(path: Path) -> None:

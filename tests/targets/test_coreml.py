@@ -21,7 +21,7 @@ from torch import Tensor
 
 from calibration.layers import ROUNDED, quantize
 from exporter.checkpoint import BUNDLED_MODEL, Checkpoint, open_checkpoint
-from exporter.errors import HostError, InputError, LoweringError, MissingToolError
+from exporter.errors import HostError, InputError, LoweringError, MissingToolError, UsageError
 from exporter.metrics import kl_divergence
 from exporter.model.graph import Graph, Node
 from exporter.model.reference import FULL_PRECISION, Reference
@@ -42,7 +42,7 @@ from exporter.spec import (
 from exporter.store import WeightStore
 from targets import load
 from targets.base import Runner
-from targets.coreml import TARGET
+from targets.coreml import COMPUTE_UNITS, TARGET
 
 CONTEXT = 48
 MODEL_FILE = Path("Data", "com.apple.CoreML", "model.mlmodel")
@@ -535,7 +535,10 @@ def test_scales_that_float16_cannot_hold_are_refused(int4: Exported, tmp_path: P
 
 
 @pytest.mark.toolchain
-def test_core_ml_is_given_the_features_and_one_state(int4: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("units", [None, *COMPUTE_UNITS])
+def test_core_ml_is_given_the_features_and_one_state(
+    int4: Exported, units: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stands in for ``MLModel.predict``, which this host may not have: only the calls are checked."""
     from targets.coreml import runner as module
 
@@ -545,7 +548,7 @@ def test_core_ml_is_given_the_features_and_one_state(int4: Exported, monkeypatch
     class Model:
         def __init__(self, path: str, *, compute_units: object) -> None:
             assert path == str(int4.artifact.path)
-            assert compute_units == module.ct.ComputeUnit.CPU_AND_GPU
+            assert compute_units is module.ct.ComputeUnit[units or "CPU_AND_GPU"]
 
         def make_state(self) -> object:
             states.append(object())
@@ -560,7 +563,9 @@ def test_core_ml_is_given_the_features_and_one_state(int4: Exported, monkeypatch
     monkeypatch.setattr(
         module, "ct", SimpleNamespace(models=SimpleNamespace(MLModel=Model), ComputeUnit=module.ct.ComputeUnit)
     )
-    with TARGET.open(int4.artifact, threads=1) as runner:
+    target = TARGET.on(units) if units else TARGET
+    assert f"Core ML on {units or 'CPU_AND_GPU'}, MLModel" in target.runtime()
+    with target.open(int4.artifact, threads=1) as runner:
         runner.feed([5, 6])
         assert runner.feed([7, 8]).shape == (2, 160)
     assert len(states) == 1
@@ -577,6 +582,21 @@ def test_a_package_that_core_ml_does_not_load_is_a_matter_of_the_host(
     monkeypatch.setattr("targets.coreml.executes_here", lambda: True)
     with pytest.raises(HostError, match="Core ML does not load"):
         TARGET.open(dataclasses.replace(int4.artifact, path=int4.artifact.path / "none"), threads=1)
+
+
+def test_compute_units_are_those_of_core_ml(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="TPU is unknown; known: CPU_AND_GPU, ALL, CPU_ONLY, CPU_AND_NE"):
+        TARGET.on("TPU")
+    monkeypatch.setattr("targets.coreml.executes_here", lambda: False)
+    with pytest.raises(UsageError, match="on macOS 15 and later only"):
+        TARGET.on("ALL")
+
+
+@pytest.mark.toolchain
+def test_coremltools_has_no_other_compute_units() -> None:
+    from targets.coreml.toolchain import ct
+
+    assert {unit.name for unit in ct.ComputeUnit} == set(COMPUTE_UNITS)
 
 
 def test_the_target_is_known_by_its_name() -> None:

@@ -54,10 +54,6 @@ export class Bundle {
     return this.manifest.files.some((file) => file.path === path);
   }
 
-  size(path: string): number {
-    return this.entry(path).bytes;
-  }
-
   /** A file, checked. Throws BundleError with the value found and the value wanted. */
   async read(path: string, progress?: Progress): Promise<Uint8Array<ArrayBuffer>> {
     const wanted = this.entry(path);
@@ -82,6 +78,12 @@ export class Bundle {
     if (!found) throw new BundleError(`The manifest lists no ${path}, which this page needs: export the model again.`);
     return found;
   }
+}
+
+/** Size of the artifact's files: what takes the time to load. */
+export function weightBytes(manifest: Manifest): number {
+  const files = manifest.files.filter(({ path }) => path === "model.onnx" || path === "model.onnx.data");
+  return files.reduce((sum, file) => sum + file.bytes, 0);
 }
 
 /** Throws BundleError for a manifest that this page cannot run. */

@@ -1,21 +1,12 @@
-/** The page: loads the bundle, keeps one conversation, and runs the self-test. */
+/** The page: shows what the worker loads, answers and finds. It computes nothing itself, and so never stands still. */
 
-import { Bundle, BundleError } from "./bundle";
-import { render, type ChatFormat, type Message } from "./chat";
-import { argmax, Model, nextTask, type Cache, type Forced, type Provider } from "./model";
-import { judge, selfTest, type Check, type DeviceReport } from "./selftest";
-import { Tokenizer } from "./tokenizer";
+import { weightBytes, type Manifest } from "./bundle";
+import type { Pace } from "./conversation";
+import type { Forced, Provider } from "./model";
+import type { Check, DeviceReport } from "./selftest";
+import { Client, TaskError, type Running } from "./tasks";
 
 const SUGGESTIONS = ["What news?", "Who are you?", "Tell me of the sea."];
-
-/** Everything that a question needs; made once, when the bundle is loaded. */
-interface Loaded {
-  bundle: Bundle;
-  model: Model;
-  tokenizer: Tokenizer;
-  /** Null: the bundle's template cannot be told as text around messages, and a message is continued as it stands. */
-  format: ChatFormat | null;
-}
 
 const element = <T extends HTMLElement>(id: string) => document.getElementById(id) as T;
 const page = {
@@ -48,140 +39,66 @@ const page = {
 /** A session does one thing at a time: an answer or the self-test. */
 let busy = false;
 
+const worker = new Worker(new URL("./worker.ts", import.meta.url), { type: "module" });
+const client = new Client(worker);
+
 void main();
 
 async function main(): Promise<void> {
   const query = new URLSearchParams(location.search);
+  worker.addEventListener("error", (event) => client.fail(`The worker has failed: ${event.message || "no reason told"}`));
   try {
-    const loaded = await load(folderUrl(query.get("bundle") ?? "bundle/"), {
+    const folder = folderUrl(query.get("bundle") ?? "bundle/").href;
+    const forced: Forced = {
       provider: forcedProvider(query.get("provider")),
       threads: forcedThreads(query.get("threads")),
+    };
+    const running = await client.run("load", { folder, forced }, (loading) => {
+      if ("manifest" in loading) showManifest(loading.manifest);
+      else showProgress(loading);
     });
-    showLoaded(loaded);
-    listen(new Conversation(loaded), loaded);
-    if (query.has("selftest")) await showSelfTest(loaded);
+    showRunning(running);
+    listen();
+    if (query.has("selftest")) await showSelfTest();
   } catch (error) {
     page.loading.hidden = true;
     fail(error);
   }
 }
 
-async function load(folder: URL, forced: Forced): Promise<Loaded> {
-  const bundle = await Bundle.open(folder);
-  const { model: spec } = bundle.manifest;
-  page.name.textContent = document.title = spec.name;
-
-  const received = new Map<string, number>();
-  const total = bundle.size("model.onnx") + (bundle.has("model.onnx.data") ? bundle.size("model.onnx.data") : 0);
-  const show = (path: string, bytes: number, all: number) => {
-    received.set(path, bytes);
-    page.progress.value = [...received.values()].reduce((sum, part) => sum + part, 0) / total;
-    page.status.textContent = bytes < all ? `Loading ${path}` : `Checking ${path}`;
-  };
-  const tokenizer = await Tokenizer.load(bundle);
-  const format = bundle.has("chat_format.json") ? await bundle.readJson<ChatFormat>("chat_format.json") : null;
-  const model = await Model.load(bundle, forced, show);
-
-  const size = total < 1e9 ? `${(total / 1e6).toPrecision(2)} MB` : `${(total / 1e9).toPrecision(2)} GB`;
-  const parameters = Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 }).format(spec.parameters);
-  page.facts.textContent = `${parameters} · ${bundle.manifest.precision} · ${size}`;
+function showManifest(manifest: Manifest): void {
+  page.name.textContent = document.title = manifest.model.name;
+  const bytes = weightBytes(manifest);
+  const size = bytes < 1e9 ? `${(bytes / 1e6).toPrecision(2)} MB` : `${(bytes / 1e9).toPrecision(2)} GB`;
+  const notation = Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+  page.facts.textContent = `${notation.format(manifest.model.parameters)} · ${manifest.precision} · ${size}`;
   page.facts.title = "Parameters, how they are stored, and the size of the files";
-  return { bundle, model, tokenizer, format };
 }
 
-function showLoaded({ model, format }: Loaded): void {
-  const why = model.fallbackReason ? `; no WebGPU: ${model.fallbackReason}` : "";
-  const pieces = Number.isFinite(model.tokensPerCall)
-    ? `, ${model.tokensPerCall} tokens a call: with more of them this GPU answers wrongly`
+function showProgress({ path, share, whole }: { path: string; share: number; whole: boolean }): void {
+  page.progress.value = share;
+  page.status.textContent = `${whole ? "Checking" : "Loading"} ${path}`;
+}
+
+function showRunning({ provider, threads, fallbackReason, tokensPerCall, chats, takesSystem }: Running): void {
+  const why = fallbackReason ? `; no WebGPU: ${fallbackReason}` : "";
+  const pieces = Number.isFinite(tokensPerCall)
+    ? `, ${tokensPerCall} tokens a call: with more of them this GPU answers wrongly`
     : "";
   page.provider.textContent =
-    model.provider === "webgpu"
-      ? `On the GPU by WebGPU${pieces}`
-      : `By WebAssembly, ${plural(model.threads, "thread")}${why}`;
-  document.body.dataset.provider = model.provider;
+    provider === "webgpu" ? `On the GPU by WebGPU${pieces}` : `By WebAssembly, ${plural(threads, "thread")}${why}`;
+  document.body.dataset.provider = provider;
   page.loading.hidden = true;
   page.welcome.hidden = false;
-  page.instructions.hidden = !format?.system_user;
+  page.instructions.hidden = !takesSystem;
   for (const control of [page.message, page.send, page.newChat, page.openSelftest]) control.disabled = false;
-  page.message.placeholder = format ? "Message" : "Text to go on from";
+  page.message.placeholder = chats ? "Message" : "Text to go on from";
   page.message.focus({ preventScroll: true });
 }
 
-/** Messages so far, and the cache of what the model has read of them. */
-class Conversation {
-  private messages: Message[] = [];
-  private cache: Cache;
-
-  constructor(private readonly loaded: Loaded) {
-    this.cache = loaded.model.empty;
-  }
-
-  restart(): void {
-    this.messages = [];
-    this.forget();
-  }
-
-  /** Asks, and calls `show` with the answer so far. Returns how fast it went. */
-  async ask(question: string, system: string, stopped: AbortSignal, show: (text: string) => void): Promise<string> {
-    const { model, tokenizer, bundle } = this.loaded;
-    const prompt = this.encode(question, system);
-    const { context, model: spec } = bundle.manifest;
-    if (prompt.length >= context) {
-      const found = `The conversation has ${prompt.length} tokens`;
-      throw new Error(`${found}, but the cache holds ${context}: start a new chat.`);
-    }
-    // What the model has read already is not read again, unless the new text is not a continuation of it.
-    const continues = prompt.length > this.cache.ids.length && this.cache.ids.every((id, at) => id === prompt[at]);
-    if (!continues) this.forget();
-    const unread = prompt.slice(this.cache.ids.length);
-
-    const started = performance.now();
-    let step = await model.advance(this.cache, unread);
-    const read = performance.now();
-    const answer: number[] = [];
-    let end = "";
-    for (;;) {
-      this.cache = step.cache;
-      const token = argmax(step.logits);
-      if (spec.eos_token_ids.includes(token)) break;
-      answer.push(token);
-      show(tokenizer.decodeSoFar(answer));
-      await nextTask();
-      if (stopped.aborted) end = "stopped";
-      else if (this.cache.ids.length === context) end = "the cache is full";
-      if (end) break;
-      step = await model.advance(step.cache, [token]);
-    }
-    const written = performance.now();
-    const text = tokenizer.decode(answer);
-    show(text);
-    this.messages.push({ role: "user", content: question }, { role: "assistant", content: text });
-    if (!this.loaded.format) this.restart(); // every text stands for itself
-
-    const figures = [`read ${rate(unread.length, read - started)}`];
-    if (answer.length > 0) figures.push(`wrote ${rate(answer.length, written - read)}`);
-    return [...figures, end].filter(Boolean).join(" · ");
-  }
-
-  private encode(question: string, system: string): number[] {
-    const { tokenizer, format } = this.loaded;
-    if (!format) return tokenizer.encodeBare(question);
-    const first: Message[] = format.system_user && system.trim() ? [{ role: "system", content: system }] : [];
-    return tokenizer.encode(render(format, [...first, ...this.messages, { role: "user", content: question }]));
-  }
-
-  private forget(): void {
-    this.loaded.model.release(this.cache);
-    this.cache = this.loaded.model.empty;
-  }
-}
-
-function listen(conversation: Conversation, loaded: Loaded): void {
-  let stopping = new AbortController();
-
+function listen(): void {
   const ask = async (question: string) => {
     if (busy || !question.trim()) return;
-    stopping = new AbortController();
     page.error.hidden = page.welcome.hidden = true;
     setBusy(true);
     addTurn("user", question);
@@ -192,7 +109,7 @@ function listen(conversation: Conversation, loaded: Loaded): void {
       if (follows) scrollToBottom();
     };
     try {
-      figures.textContent = await conversation.ask(question, page.system.value, stopping.signal, show);
+      figures.textContent = told(await client.run("ask", { question, system: page.system.value }, show));
       scrollToBottom();
     } catch (error) {
       text.parentElement!.remove();
@@ -215,9 +132,9 @@ function listen(conversation: Conversation, loaded: Loaded): void {
     page.composer.requestSubmit();
   });
   page.message.addEventListener("input", fitMessage);
-  page.stop.addEventListener("click", () => stopping.abort());
+  page.stop.addEventListener("click", () => void client.run("stop", null).catch(fail));
   page.newChat.addEventListener("click", () => {
-    conversation.restart();
+    void client.run("restart", null).catch(fail);
     page.log.replaceChildren();
     page.error.hidden = true;
     page.welcome.hidden = false;
@@ -230,12 +147,11 @@ function listen(conversation: Conversation, loaded: Loaded): void {
       return button;
     }),
   );
-  page.openSelftest.addEventListener("click", () => void showSelfTest(loaded).catch(fail));
+  page.openSelftest.addEventListener("click", () => void showSelfTest().catch(fail));
   page.closeSelftest.addEventListener("click", () => page.selftest.close());
 }
 
-async function showSelfTest(loaded: Loaded): Promise<void> {
-  const { bundle, model, tokenizer, format } = loaded;
+async function showSelfTest(): Promise<void> {
   page.figures.hidden = page.download.hidden = true;
   page.speed.textContent = "";
   delete page.selftestStatus.dataset.verdict;
@@ -243,8 +159,7 @@ async function showSelfTest(loaded: Loaded): Promise<void> {
   setBusy(true);
   try {
     const say = (text: string) => void (page.selftestStatus.textContent = text);
-    const report = await selfTest(bundle, model, tokenizer, format, say);
-    const checks = judge(report, await bundle.readJson("goldens.json"), bundle.manifest);
+    const { report, checks } = await client.run("selfTest", null, say);
     showReport(report, checks);
     window.deviceReport = report;
   } catch (error) {
@@ -309,7 +224,7 @@ function setBusy(now: boolean): void {
 }
 
 function fail(error: unknown): void {
-  if (!(error instanceof BundleError)) console.error(error);
+  if (!(error instanceof TaskError)) console.error(error); // the worker has told what is its own
   page.error.textContent = (error as Error).message;
   page.error.hidden = false;
   page.error.scrollIntoView({ block: "nearest" });
@@ -323,6 +238,11 @@ function fitMessage(): void {
 const scroller = document.querySelector("main")!;
 const atBottom = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 48;
 const scrollToBottom = () => scroller.scrollTo({ top: scroller.scrollHeight });
+
+function told({ read, readMs, wrote, wroteMs, end }: Pace): string {
+  const figures = [`read ${rate(read, readMs)}`, wrote > 0 ? `wrote ${rate(wrote, wroteMs)}` : "", end];
+  return figures.filter(Boolean).join(" · ");
+}
 
 function rate(tokens: number, milliseconds: number): string {
   return `${plural(tokens, "token")} at ${round((1000 * tokens) / milliseconds)}/s`;

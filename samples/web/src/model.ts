@@ -233,7 +233,7 @@ function onGpu(manifest: Manifest): Record<string, "gpu-buffer"> {
   return places;
 }
 
-/** Lets the browser draw and hear clicks: awaiting a session's run alone does not. */
+/** Lets the worker hear what the page has to say: awaiting a session's run alone does not. */
 export function nextTask(): Promise<void> {
   return new Promise((resolve) => {
     const { port1, port2 } = new MessageChannel();
