@@ -175,12 +175,23 @@ def test_spoilt_logits_would_be_seen(sample: Any, bundle: Path) -> None:
     logits = selftest.answer_goldens(sample.Model(opened, threads=1), goldens)
     right = selftest.compare(goldens, logits)
     spoilt = selftest.compare(goldens, logits + np.float32(0.3) * np.random.default_rng(0).normal(size=logits.shape))
-    assert spoilt["mean_kl_nats"] > 10 * goldens.floor_kl_nats > right["mean_kl_nats"]
+    assert spoilt["mean_kl_nats"] > opened.manifest["parity"]["gate_mean_kl_nats"] > right["mean_kl_nats"]
     assert selftest.compare(goldens, logits + np.float32(7))["mean_kl_nats"] == pytest.approx(right["mean_kl_nats"])
     unknown = selftest.compare(goldens, np.full_like(logits, np.nan))
     report = {"parity": unknown, "greedy": None, "chats": None}
-    (fault,) = selftest.find_faults(report, opened, goldens)
-    assert fault.startswith("mean KL is nan nats")
+    mean, worst = selftest.find_faults(report, opened)
+    assert mean.startswith("mean KL is nan nats")
+    assert worst.startswith("KL at the worst position is nan nats")
+
+
+def test_one_spoilt_position_would_be_seen(sample: Any, bundle: Path) -> None:
+    opened = sample.Bundle.open(bundle)
+    goldens = opened.goldens()
+    selftest = importlib.import_module("llamabundle.selftest")
+    logits = selftest.answer_goldens(sample.Model(opened, threads=1), goldens)
+    logits[100] += np.float32(0.5) * np.random.default_rng(0).normal(size=logits.shape[1])
+    report = {"parity": selftest.compare(goldens, logits), "greedy": None, "chats": None}
+    assert selftest.find_faults(report, opened)[-1].startswith("KL at the worst position is 0.")
 
 
 def test_greedy_tokens_and_chats_agree_and_the_report_is_told(served: Served, bundle: Path) -> None:

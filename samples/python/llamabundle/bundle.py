@@ -32,7 +32,6 @@ class Goldens:
     top_ids: NDArray[np.int32]  # [m, k]
     top_logits: NDArray[np.float32]  # [m, k]
     logsumexp: NDArray[np.float32]  # [m]
-    floor_kl_nats: float
     prompts: list[dict[str, Any]]
     chats: list[dict[str, Any]]
 
@@ -92,7 +91,6 @@ class Bundle:
             top_ids=tensors["top_ids"],
             top_logits=tensors["top_logits"],
             logsumexp=tensors["logsumexp"],
-            floor_kl_nats=content["floor_kl_nats"],
             prompts=content["prompts"],
             chats=content["chats"],
         )

@@ -9,6 +9,7 @@ export interface Manifest {
   context: number;
   logits: "last" | "all";
   scheme: { compute_dtype: string; kv_dtype: string };
+  parity: { gate_mean_kl_nats: number; gate_worst_kl_nats: number; gate_decided_top1_agreement: number };
   model: {
     name: string;
     vocab_size: number;

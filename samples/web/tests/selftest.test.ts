@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
 
-import { divergence, fp16Spacing, judge, parityGate, ParitySums, type DeviceReport } from "../src/selftest";
+import { divergence, fp16Spacing, judge, ParitySums, type DeviceReport } from "../src/selftest";
 
 const log = (...shares: number[]) => Float32Array.from(shares, Math.log);
 
@@ -53,15 +53,12 @@ test("positions that were left out are an error", () => {
   expect(() => new ParitySums(kept).figures()).toThrow("0 positions were computed, but the goldens have 1");
 });
 
-test("the gate is ten times the floor, or fp16's own", () => {
-  const scheme = (kv_dtype: string) => ({ scheme: { compute_dtype: "fp32", kv_dtype } });
-  expect(parityGate(scheme("fp32"), 2e-4).meanKl).toBeCloseTo(2e-3, 12);
-  expect(parityGate(scheme("fp16"), 2e-4)).toEqual({ meanKl: 1e-4, decidedTop1: 0.995 });
-});
-
 test.each([
   ["Mean KL", { parity: { mean_kl_nats: 2.1e-3 } }],
   ["Mean KL", { parity: { mean_kl_nats: NaN } }],
+  ["KL at the worst position", { parity: { worst_kl_nats: 2.1e-2 } }],
+  ["KL at the worst position", { parity: { worst_kl_nats: NaN } }],
+  ["Same first choice where it is decided", { parity: { decided_top1_agreement: 0.99 } }],
   ["Largest logit difference", { parity: { max_abs_logit_diff: NaN } }],
   ["Greedy tokens", { greedy: { agreeing: 10 } }],
   ["Chats", { chats: { agreeing: 4 } }],
@@ -70,6 +67,7 @@ test.each([
     parity: {
       positions: 194,
       mean_kl_nats: 1.9e-3,
+      worst_kl_nats: 1.9e-2,
       top1_agreement: 1,
       decided_top1_agreement: 1,
       decided_positions: 192,
@@ -79,9 +77,9 @@ test.each([
     chats: { compared: 5, agreeing: 5 },
   };
   const failed = (report: object) =>
-    judge(report as DeviceReport, { floor_kl_nats: 2e-4 }, {
-      scheme: { compute_dtype: "fp32", kv_dtype: "fp32" },
-    } as Parameters<typeof judge>[2])
+    judge(report as DeviceReport, {
+      parity: { gate_mean_kl_nats: 2e-3, gate_worst_kl_nats: 2e-2, gate_decided_top1_agreement: 0.995 },
+    })
       .filter((check) => !check.passed)
       .map((check) => check.name);
   expect(failed(good)).toEqual([]);
