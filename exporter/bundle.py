@@ -130,12 +130,12 @@ class Verdicts:
         return {name: getattr(self, name).to_json() for name in ("codes", "parity", "quality", "latency")}
 
 
-def write_manifest(
+def describe_bundle(
     folder: Path, *, artifact: Artifact, checkpoint: Checkpoint, calibration: Mapping[str, Any], verdicts: Verdicts
 ) -> dict[str, Any]:
-    """``manifest.json`` over every other file of the folder, and its content."""
+    """The content of ``manifest.json``, over every file of the folder."""
     scheme, arithmetic = artifact.scheme, artifact.arithmetic
-    manifest = {
+    return {
         "schema": SCHEMA,
         "model": {**asdict(artifact.spec), "parameters": artifact.spec.parameters},
         "source": {"sha256": checkpoint.sha256},
@@ -162,6 +162,11 @@ def write_manifest(
         **verdicts.to_json(),
         "tools": {name: version(name) for name in TOOLS},
     }
+
+
+def write_manifest(folder: Path, described: Mapping[str, Any]) -> dict[str, Any]:
+    """``manifest.json`` over every other file that is now in the folder, and its content."""
+    manifest = {**described, "files": file_entries(folder)}
     write_json(folder / MANIFEST, manifest)
     return manifest
 

@@ -19,6 +19,7 @@ from exporter.bundle import (
     Goldens,
     Verdicts,
     copy_tokenizer,
+    describe_bundle,
     is_bundle,
     open_bundle,
     read_artifact,
@@ -31,6 +32,7 @@ from exporter.codes import weight_digests
 from exporter.device import fold, report_of_this_host
 from exporter.errors import BudgetError, CapacityError, ExportError, InputError, ParityError, UsageError, gravest
 from exporter.files import folder_in_progress, put_in_place, written_whole
+from exporter.html import html
 from exporter.limits import Limits, check_limits
 from exporter.memory import give_back_memory
 from exporter.model.graph import Graph
@@ -63,6 +65,7 @@ from exporter.texts import Texts, as_recorded, check_recorded, read_texts
 from exporter.tokenizer import Tokenizer
 from targets.base import Target
 
+REPORT = "report.html"
 _FAILURES = {"codes": ParityError, "parity": ParityError, "quality": BudgetError, "latency": BudgetError}
 """What it means when the verdict of that kind is *failed*."""
 
@@ -236,9 +239,12 @@ def _make_bundle(
     calibration = store.calibration_facts()
     if material.texts.calibration:
         calibration |= {"seed": plan.sampling.seed, "evaluation_overlap": material.texts.overlap}
-    return write_manifest(
+    described = describe_bundle(
         folder, artifact=artifact, checkpoint=store.checkpoint, calibration=calibration, verdicts=verdicts
     )
+    outcome = Outcome(target=target.name, folder=folder, manifest=described, errors_by_tensor=_errors_by_tensor(store))
+    (folder / REPORT).write_text(html([outcome]), encoding="utf-8")
+    return write_manifest(folder, described)
 
 
 def validate(

@@ -21,6 +21,7 @@ from exporter.bundle import (
     MANIFEST,
     Goldens,
     Verdicts,
+    describe_bundle,
     file_entries,
     open_bundle,
     read_artifact,
@@ -177,7 +178,8 @@ def test_the_manifest_tells_what_the_artifact_is(bundle: Bundle) -> None:
     assert manifest["scheme"]["rules"] == []
     assert (manifest["context"], manifest["target"]) == (CONTEXT, bundle.target)
     assert {"backend", "calibration", "files", "model", "source", "tools"} <= manifest.keys()
-    assert {entry["path"] for entry in manifest["files"]} >= {"tokenizer.json", "goldens.json", "chat_template.jinja"}
+    files = {entry["path"] for entry in manifest["files"]}
+    assert files >= {"tokenizer.json", "goldens.json", "chat_template.jinja", "report.html"}
     wanted = {
         "codes": {"verdict", "tensors"},
         "parity": {
@@ -199,6 +201,14 @@ def test_the_manifest_tells_what_the_artifact_is(bundle: Bundle) -> None:
     assert measured == ("not measured" if targets.load(bundle.target).latency_unmeasurable() else "passed")
 
 
+def test_the_bundle_brings_a_report_of_its_proofs(bundle: Bundle) -> None:
+    report = (bundle.folder / "report.html").read_text(encoding="utf-8")
+    manifest = json.loads((bundle.folder / MANIFEST).read_text())
+    assert "KL of the artifact from its reference by position" in report
+    assert "What quantization lost of each matrix" in report
+    assert f"mean KL {manifest['parity']['mean_kl_nats']:.1e} nats" in report
+
+
 IN_PLACES = ("layers.0.mlp.down_proj", "layers.1.self_attn.*", "layers.2.self_attn.[qv]_proj", "layers.3.mlp.gate_proj")
 """Matrices that are to be int8: a whole attention, and some of those that share an input with others."""
 
@@ -218,7 +228,8 @@ def test_a_body_of_two_precisions_is_proven_and_told_by_its_manifest(name: str, 
     parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=plan)
     assert (codes.verdict, parity.verdict) == (Verdict.PASSED, Verdict.PASSED), (codes, parity)
     verdicts = Verdicts(codes=codes, parity=parity, quality=parity, latency=parity)
-    manifest = write_manifest(plan.out, artifact=artifact, checkpoint=checkpoint, calibration={}, verdicts=verdicts)
+    described = describe_bundle(plan.out, artifact=artifact, checkpoint=checkpoint, calibration={}, verdicts=verdicts)
+    manifest = write_manifest(plan.out, described)
     assert manifest["scheme"]["rules"] == [{"pattern": pattern, "precision": "int8"} for pattern in IN_PLACES]
     assert read_artifact(open_bundle(plan.out), path=artifact.path) == artifact
 

@@ -3,94 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from exporter.bundle import MANIFEST, file_entries, write_json
 from exporter.cli import app
 from targets.coreml import COMPUTE_UNITS
+from tests.samples.action import BASH, ROOT, read_yaml, run_step, with_one_code_changed
 
-ROOT = Path(__file__).parents[2]
-BASH = shutil.which("bash")
 pytestmark = [pytest.mark.toolchain, pytest.mark.skipif(BASH is None, reason="bash is not installed")]
-
-DATA = "model.onnx.data"
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    stdout: str
-    outputs: dict[str, str]
-    summary: str
-    arguments: str
-    """Of the programs that a stand-in took the place of."""
-
-
-def resolve(template: str, *, action: dict[str, Any], inputs: dict[str, str]) -> str:
-    """``${{ inputs.x }}`` and ``${{ github.action_path }}``; any other expression is a mistake in a run step's
-    environment."""
-    known = {f"inputs.{name}": inputs.get(name, given.get("default")) for name, given in action["inputs"].items()}
-    known["github.action_path"] = str(ROOT)
-    return re.sub(r"\$\{\{ (\S+) \}\}", lambda match: known[match[1]], template)
-
-
-def run_step(name: str, folder: Path, *, stand_ins: bool = False, **inputs: str) -> Ran:
-    """One step of the action by its id. ``stand_ins``: python is a script that writes down its arguments."""
-    action = read_yaml(ROOT / "action.yml")
-    inputs = {key.replace("_", "-"): value for key, value in inputs.items()}
-    assert inputs.keys() <= action["inputs"].keys()
-    (step,) = (step for step in action["runs"]["steps"] if step.get("id") == name)
-    assert "${{" not in step["run"], "an input would be read as shell"
-    programs = folder / "bin"
-    programs.mkdir(parents=True)
-    recorded, output, summary = folder / "arguments", folder / "output", folder / "summary"
-    for file in (recorded, output, summary):
-        file.touch()
-    if stand_ins:
-        program, body = "python", f'echo "$@" >> "{recorded}"\n'
-    else:
-        program, body = "llama-export", f'exec "{sys.executable}" -c "from exporter.cli import main; main()" "$@"\n'
-    (programs / program).write_text(f"#!/bin/bash\n{body}")
-    (programs / program).chmod(0o755)
-    environment = {key: resolve(value, action=action, inputs=inputs) for key, value in step["env"].items()}
-    done = subprocess.run(
-        [str(BASH), "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
-        env={
-            **os.environ,
-            **environment,
-            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-            "RUNNER_TEMP": str(folder),
-            "GITHUB_OUTPUT": str(output),
-            "GITHUB_STEP_SUMMARY": str(summary),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return Ran(
-        code=done.returncode,
-        stdout=done.stdout + done.stderr,
-        outputs=dict(line.split("=", 1) for line in output.read_text().splitlines()),
-        summary=summary.read_text(),
-        arguments=recorded.read_text(),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -100,18 +25,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = CliRunner().invoke(app, [*words, "--calibration", "none"])
     assert result.exit_code == 0, result.output
     return folder / "out" / "onnxruntime"
-
-
-def with_one_code_changed(bundle: Path, folder: Path, *, accounted_for: bool) -> Path:
-    """One int4 code of the matrix that lies in the middle of the file."""
-    shutil.copytree(bundle, folder)
-    content = bytearray((folder / DATA).read_bytes())
-    content[len(content) // 2] ^= 0x44
-    (folder / DATA).write_bytes(content)
-    if accounted_for:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        write_json(folder / MANIFEST, {**manifest, "files": file_entries(folder)})
-    return folder
 
 
 def test_a_whole_bundle_is_green_and_its_reports_are_where_the_outputs_say(bundle: Path, tmp_path: Path) -> None:

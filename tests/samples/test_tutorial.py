@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.samples.action import run_step, with_one_code_changed
+
 pytestmark = [pytest.mark.web, pytest.mark.toolchain, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +93,21 @@ def test_the_tutorial_ends_with_bundles_and_a_green_report(ran: Path) -> None:
     assert 'failures="0"' in (ran / "tutorial" / "junit.xml").read_text()
     for folder in ("for-ios", "for-swift-transformers", "for-android", "for-genai"):
         assert any((ran / "tutorial" / folder).iterdir())
+
+
+def test_the_action_is_green_on_what_the_tutorial_made_and_red_after_one_weight_is_changed(
+    ran: Path, tmp_path: Path
+) -> None:
+    bundle = ran / "tutorial" / "bundles" / "onnxruntime"
+    changed = with_one_code_changed(bundle, tmp_path / "changed", accounted_for=True)
+    broken = with_one_code_changed(bundle, tmp_path / "broken", accounted_for=False)
+    here = {"root": ran, "installed": ran / "tutorial" / "venv" / "bin"}
+    installing = run_step("install", tmp_path / "install", **here)
+    assert installing.code == 0, installing.stdout
+    reference = str(ran / "samples" / "tiny-llama")
+    for folder, code, verdict in ((bundle, 0, "passed"), (changed, 7, "failed"), (broken, 3, "refused")):
+        found = run_step("validate", tmp_path / verdict, **here, bundle=str(folder), reference=reference)
+        assert (found.code, found.outputs["verdict"]) == (code, verdict), found.stdout
 
 
 def test_the_page_that_the_tutorial_starts_talks(ran: Path) -> None:
