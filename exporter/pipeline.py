@@ -260,9 +260,6 @@ def validate(
     progress.stage("checksums")
     manifest = open_bundle(bundle)
     target = targets.load(str(manifest.get("target")))
-    unobservable = target.unobservable() if bisect else None
-    if unobservable:
-        raise UsageError(f"--bisect: {unobservable}", hint="leave it out")
     artifact = read_artifact(manifest, path=target.find(bundle))
     goldens = Goldens.read(bundle)
     if against is None:
@@ -323,9 +320,11 @@ def validate_device(bundle: Path, report: Path, *, limits: Limits, progress: Pro
 def _bisect(target: Target, artifact: Artifact, material: Material, goldens: Goldens) -> str:
     """Over the first prefill of the goldens and one token after it."""
     graph, drive = material.graph, goldens.drive
-    observer = target.observer(artifact, graph=graph, threads=material.plan.threads)
-    partings = find_partings(observer, graph, material.store, ids=drive.ids[: drive.prefills[0] + 1])
-    return told(partings, ops=len(graph.nodes))
+    first = drive.prefills[0]
+    calls = {"prefill": drive.ids[:first], "decode": drive.ids[first : first + 1]}
+    observation = target.observe(artifact, graph=graph, calls=[*calls.values()], threads=material.plan.threads)
+    partings = find_partings(observation, graph, material.store, calls=calls)
+    return told(partings, ops=len(graph.nodes), arithmetic=observation.arithmetic)
 
 
 def _errors_by_tensor(store: WeightStore) -> dict[str, float]:
