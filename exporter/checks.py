@@ -32,7 +32,7 @@ def checks(outcome: Outcome) -> list[Check]:
     files = manifest["files"]
     whole = Check(name="bundle", verdict=Verdict.PASSED, figure=f"{len(files)} files", bound="every checksum")
     rows = [whole, _codes(manifest["codes"]), *_parity(manifest["parity"]), _quality(manifest["quality"])]
-    return [*rows, _latency(manifest["latency"]), *_limits(outcome)]
+    return [*rows, _latency(manifest["latency"]), *_bisection(outcome), *_limits(outcome)]
 
 
 def verdict_of(outcome: Outcome) -> Verdict:
@@ -110,6 +110,18 @@ def _latency(report: Mapping[str, Any]) -> Check:
         figure="" if prefill is None else f"prefill {prefill:,.0f} tokens/s, decode {decode:,.0f} tokens/s",
         reason=report.get("reason", ""),
     )
+
+
+def _bisection(outcome: Outcome) -> Iterator[Check]:
+    if outcome.bisection:
+        parted = len(outcome.bisection.partings)
+        yield Check(
+            name="each op",
+            verdict=Verdict.FAILED if parted else Verdict.PASSED,
+            figure=f"{outcome.bisection.ops - parted} of {outcome.bisection.ops} as the reference",
+            bound="all",
+            reason=str(outcome.bisection) if parted else "",
+        )
 
 
 def _limits(outcome: Outcome) -> Iterator[Check]:

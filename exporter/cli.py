@@ -316,9 +316,7 @@ def validate(
     ] = None,
     bisect: Annotated[
         bool,
-        typer.Option(
-            "--bisect", help="Name the first layer and op where artifact and reference part. Needs --against."
-        ),
+        typer.Option("--bisect", help="Compare op by op, and name the first layer and op that parts. Needs --against."),
     ] = False,
     compute_units: Annotated[
         str | None,

@@ -74,7 +74,7 @@ def _section(outcome: Outcome) -> str:
         f"{rows}\n</table>",
     ]
     if outcome.bisection:
-        parts.append(f"<p>Bisected: {_text(outcome.bisection)}</p>")
+        parts.append(f"<p>Bisected: {_text(str(outcome.bisection))}</p>")
     if outcome.manifest is not None and not outcome.error:
         goldens = Goldens.read(outcome.folder)
         parts += [*_parity_plots(outcome.manifest["parity"], goldens), _greedy_plot(goldens)]

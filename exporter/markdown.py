@@ -24,7 +24,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
             cells = (row.name, verdict, row.figure, row.bound, row.reason)
             lines.append("| " + " | ".join(map(_cell, cells)) + " |")
         if outcome.bisection:
-            lines += ["", f"Bisected: {_cell(outcome.bisection)}"]
+            lines += ["", f"Bisected: {_cell(str(outcome.bisection))}"]
         lines.append("")
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ import targets
 from calibration.layers import Calibration, CalibrationText, quantize
 from calibration.sensitivity import meet_budget, meet_kl, open_matrices, refuse_budget
 from exporter import interrupt
-from exporter.bisect import find_partings, told
+from exporter.bisect import Bisection, compare_ops
 from exporter.bundle import (
     Goldens,
     Verdicts,
@@ -82,8 +82,8 @@ class Outcome:
     """What ``validate`` was asked to hold beyond the gates of every bundle."""
     errors_by_tensor: Mapping[str, float] = field(default_factory=dict)
     """What quantization lost of each matrix, where the store was at hand (``exporter.store.TensorError``)."""
-    bisection: str = ""
-    """Where artifact and reference part, in a sentence, if that was asked and looked for."""
+    bisection: Bisection | None = None
+    """Where artifact and reference part, if that was asked."""
 
     @property
     def exit_code(self) -> int:
@@ -91,6 +91,8 @@ class Outcome:
             return self.error.exit_code if self.error else 0
         failed = [kind for kind in _FAILURES if self.manifest[kind]["verdict"] == Verdict.FAILED]
         codes = [_FAILURES[kind].exit_code for kind in failed]
+        if self.bisection and self.bisection.partings:
+            codes.append(ParityError.exit_code)
         if any(report.verdict is Verdict.FAILED for report in self.limits.values()):
             codes.append(BudgetError.exit_code)
         return gravest(codes)
@@ -274,9 +276,6 @@ def validate(
     progress.stage("checksums")
     manifest = open_bundle(bundle)
     target = targets.load(str(manifest.get("target")))
-    unobservable = target.unobservable() if bisect else None
-    if unobservable:
-        raise UsageError(f"--bisect: {unobservable}", hint="leave it out")
     if compute_units:
         target = target.on(compute_units)
     stood_in = target.latency_unmeasurable() if device_report else None
@@ -311,8 +310,8 @@ def validate(
         tokenizer, graph = Tokenizer(bundle), trace(checkpoint.spec)
         material = _quantize(plan, checkpoint, tokenizer, graph, recorded=manifest["calibration"], progress=progress)
         codes, parity, quality = _prove_against(material, target, artifact, goldens, progress=progress)
-    bisection = ""
-    if bisect and material and Verdict.FAILED in (codes.verdict, parity.verdict):
+    bisection = None
+    if bisect and material:
         progress.stage("bisecting")
         bisection = _bisect(target, artifact, material, goldens)
     progress.stage("latency")
@@ -342,12 +341,13 @@ def validate_device(bundle: Path, report: Path, *, limits: Limits, progress: Pro
     return Outcome(target=manifest["target"], folder=bundle, manifest=proven, limits=check_limits(proven, limits))
 
 
-def _bisect(target: Target, artifact: Artifact, material: Material, goldens: Goldens) -> str:
+def _bisect(target: Target, artifact: Artifact, material: Material, goldens: Goldens) -> Bisection:
     """Over the first prefill of the goldens and one token after it."""
     graph, drive = material.graph, goldens.drive
-    observer = target.observer(artifact, graph=graph, threads=material.plan.threads)
-    partings = find_partings(observer, graph, material.store, ids=drive.ids[: drive.prefills[0] + 1])
-    return told(partings, ops=len(graph.nodes))
+    first = drive.prefills[0]
+    calls = {"prefill": drive.ids[:first], "decode": drive.ids[first : first + 1]}
+    observation = target.observe(artifact, graph=graph, calls=[*calls.values()], threads=material.plan.threads)
+    return compare_ops(observation, graph, material.store, calls=calls)
 
 
 def _errors_by_tensor(store: WeightStore) -> dict[str, float]:

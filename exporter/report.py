@@ -41,7 +41,7 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
     if outcome.limits:
         result["limits"] = {name: report.to_json() for name, report in outcome.limits.items()}
     if outcome.bisection:
-        result["bisection"] = outcome.bisection
+        result["bisection"] = str(outcome.bisection)
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -93,13 +94,15 @@ def make_artifact(target: Target, *, spec: ModelSpec, plan: Plan, path: Path) ->
     )
 
 
-class Observer(Protocol):
-    """An artifact whose inner values can be seen, with activations unrounded."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What an artifact's file computed inside, as far as our graph has a name for it."""
 
-    def observe(self, ids: Sequence[int], caches: dict[str, Tensor]) -> Mapping[Value, Tensor]:
-        """What one call computes after ``caches`` (``past_k.0``, ... float32 ``[1, KV, P, D]``), by the values of the
-        graph; one that has no counterpart is absent."""
-        ...
+    arithmetic: Arithmetic
+    """How it was computed; a reference that is to agree computes the same way."""
+    calls: Sequence[Mapping[Value, Tensor]]
+    """The values of each call, float32; one that has no counterpart in the file is absent. Calls end early where the
+    file cannot go on with the cache that it has left."""
 
 
 class Target(Protocol):
@@ -163,10 +166,7 @@ class Target(Protocol):
         """Why latency cannot be measured on this host, in one sentence; None if it can."""
         ...
 
-    def unobservable(self) -> str | None:
-        """Why ``observer`` cannot be had, in one sentence; None if it can."""
-        ...
-
-    def observer(self, artifact: Artifact, *, graph: Graph, threads: int) -> Observer:
-        """The artifact's file run with activations unrounded and its inner values open, for ``validate --bisect``."""
+    def observe(self, artifact: Artifact, *, graph: Graph, calls: Sequence[Sequence[int]], threads: int) -> Observation:
+        """Run the artifact's file with its inner values open, for ``validate --bisect``: each of ``calls`` feeds token
+        ids, the first to an empty cache."""
         ...

@@ -20,7 +20,7 @@ from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Pr
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
     from exporter.store import StoredWeight, WeightStore
-    from targets.base import Observer, Runner, Target
+    from targets.base import Observation, Runner, Target
 
 _PACKAGE = "model.mlpackage"
 COMPUTE_UNITS = ("CPU_AND_GPU", "ALL", "CPU_ONLY", "CPU_AND_NE")
@@ -128,11 +128,11 @@ class CoreMLTarget:
             return None
         return "Core ML runs these packages on macOS 15 and later only; the evaluator's time says nothing about it"
 
-    def unobservable(self) -> str | None:
-        return "not yet available for Core ML packages, whose evaluator gives nothing but outputs"
+    def observe(self, artifact: Artifact, *, graph: Graph, calls: Sequence[Sequence[int]], threads: int) -> Observation:
+        """By the evaluator on every host: Core ML shows nothing of what it computes inside."""
+        from targets.coreml.observe import observe
 
-    def observer(self, artifact: Artifact, *, graph: Graph, threads: int) -> Observer:
-        raise NotImplementedError(self.unobservable())
+        return observe(artifact, graph, calls)
 
 
 TARGET: Target = CoreMLTarget()

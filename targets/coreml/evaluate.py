@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -79,25 +79,27 @@ class Evaluator:
         self._kept: dict[str, Any] = {}
         self._kept_bytes = 0
         self._inputs = [value for value in self._package.inputs if not _is_state(value)]
-        self._states = {
+        self.states = {
             value.name: State(_static_shape(value.type.stateType.wrappedType.tensorType))
             for value in self._package.inputs
             if _is_state(value)
         }
         _refuse_what_core_ml_would(self._package)
-        self._dead_after = _last_uses(self._operations, keep={*self._package.outputs, *self._states})
+        self._dead_after = _last_uses(self._operations, keep={*self._package.outputs, *self.states})
 
     @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One prediction: named inputs to named outputs, with the states changed on the way. Raises LoweringError."""
-        values: dict[str, Any] = dict(self._states)
+    def __call__(self, inputs: Mapping[str, Tensor], *, watched: Collection[str] = ()) -> dict[str, Tensor]:
+        """One prediction: named inputs to named outputs, and to the values inside that are ``watched``, with the states
+        changed on the way. Raises LoweringError."""
+        values: dict[str, Any] = dict(self.states)
         for declared in self._inputs:
             values[declared.name] = self._checked(inputs[declared.name], declared, moved=False)
         for operation, dead in zip(self._operations, self._dead_after, strict=True):
             self._execute(operation, values)
             for name in dead:
-                values.pop(name, None)  # constants are kept apart
-        return {name: values[name] for name in self._package.outputs}
+                if name not in watched:
+                    values.pop(name, None)  # constants are kept apart
+        return {name: values[name] for name in (*self._package.outputs, *watched)}
 
     def _execute(self, operation: Any, values: dict[str, Any]) -> None:
         function = OPS[operation.type]

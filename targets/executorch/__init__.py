@@ -14,7 +14,7 @@ from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Pr
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
     from exporter.store import StoredWeight, WeightStore
-    from targets.base import Observer, Runner, Target
+    from targets.base import Observation, Runner, Target
 
 FILE_NAME = "model.pte"
 
@@ -109,11 +109,10 @@ class ExecuTorchTarget:
     def latency_unmeasurable(self) -> str | None:
         return None
 
-    def unobservable(self) -> str | None:
-        return "a .pte gives nothing but its outputs, since the delegate computes whole layers at once"
+    def observe(self, artifact: Artifact, *, graph: Graph, calls: Sequence[Sequence[int]], threads: int) -> Observation:
+        from targets.executorch.observe import observe
 
-    def observer(self, artifact: Artifact, *, graph: Graph, threads: int) -> Observer:
-        raise NotImplementedError(self.unobservable())
+        return observe(artifact, graph, calls, threads=threads)
 
 
 TARGET: Target = ExecuTorchTarget()

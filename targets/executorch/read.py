@@ -27,7 +27,7 @@ with border.toolchain("be imported"):
     from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
     from executorch.exir._serialize._program import _get_extended_header
     from executorch.exir.scalar_type import ScalarType
-    from executorch.exir.schema import KernelCall, Program
+    from executorch.exir.schema import BackendDelegate, KernelCall, Program
     from executorch.exir.schema import Tensor as ProgramTensor
 
     from targets.executorch.xnnpack import CODES, NIBBLE_OFFSET, ROW_SCALES, SCALES
@@ -75,7 +75,7 @@ class ProgramFile:
             if header is None:
                 raise LoweringError(f"{path} is no ExecuTorch program: it has no header", hint=_AGAIN)
             self.program: Program = _flatbuffer_to_program(self._map[: header.program_size])
-        self._segments_start = header.segment_base_offset
+        self.segments_start: int = header.segment_base_offset
         self._named = {entry.key: entry.segment_index for entry in self.program.named_data or []}
 
     def __enter__(self) -> ProgramFile:
@@ -119,8 +119,14 @@ class ProgramFile:
         offset = self.program.segments[constants.segment_index].offset + constants.offsets[tensor.data_buffer_idx]
         return self._tensor(offset, shape=tuple(tensor.sizes), dtype=_DTYPES[tensor.scalar_type])
 
+    def payload(self, delegate: BackendDelegate) -> bytes:
+        """What a delegate's backend is given: a segment, as our lowering writes it."""
+        segment = self.program.segments[delegate.processed.index]
+        start = self.segments_start + segment.offset
+        return self._map[start : start + segment.size]
+
     def _tensor(self, offset: int, *, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        start, length = self._segments_start + offset, math.prod(shape) * dtype.itemsize
+        start, length = self.segments_start + offset, math.prod(shape) * dtype.itemsize
         data = bytearray(self._map[start : start + length])
         if len(data) != length:
             raise LoweringError(f"{self._path} is cut off: it ends at byte {len(self._map)}", hint=_AGAIN)

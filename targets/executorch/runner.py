@@ -78,13 +78,17 @@ class ProgramRunner:
         return self._position
 
     def feed(self, ids: Sequence[int]) -> Tensor:
+        return self._call([list(ids)], ids)[0][0]
+
+    def feed_for_all(self, ids: Sequence[int]) -> list[Tensor]:
+        """``feed``, for everything that the program gives, which is float32 throughout: the logits first."""
         return self._call([list(ids)], ids)
 
     def feed_each(self, ids: Sequence[int]) -> Tensor:
         """In the worker, so that no step waits for the way there and back."""
-        return self._call([[token] for token in ids], ids)
+        return self._call([[token] for token in ids], ids)[0][0]
 
-    def _call(self, calls: list[list[int]], ids: Sequence[int]) -> Tensor:
+    def _call(self, calls: list[list[int]], ids: Sequence[int]) -> list[Tensor]:
         check_feed(ids, position=self._position, artifact=self._artifact)
         self._log_read = self._log_size()
         try:
@@ -97,13 +101,14 @@ class ProgramRunner:
                     f"at position {self._position}: {reason}",
                     hint="lower the model again; if it stays so, this is a fault of llama-export: please report it",
                 )
-            shape, self.feed_s = content
-            logits = torch.empty(shape)
-            self._connection.recv_bytes_into(logits.numpy().data.cast("B"))
+            shapes, self.feed_s = content
+            outputs = [torch.empty(shape) for shape in shapes]
+            for output in outputs:
+                self._connection.recv_bytes_into(output.numpy().data.cast("B"))
         except (EOFError, OSError) as error:
             self._fail("run", error)
         self._position += len(ids)
-        return logits
+        return outputs
 
     def rewind(self, position: int) -> None:
         check_rewind(position, current=self._position)

@@ -5,7 +5,8 @@ pool for good. It answers on the connection of that file descriptor, so whatever
 
     load_s                                       once, when the program is loaded
     (calls, position)                            a request: the token ids of each call, and where the first one starts
-    ("logits", (shape, seconds)), float32 bytes  its answer: the logits of the last call, the time of all of them
+    ("outputs", (shapes, seconds)), then bytes   its answer: what the last call gives, one message of float32 for each
+                                                 shape, the logits first; and the time of all calls
     ("error", message)                           or what went wrong; the program stays loaded
 
 It ends when the other end of the connection is closed.
@@ -56,12 +57,13 @@ def _answer(connection: Connection, method: Any, calls: list[list[int]], positio
     started = time.perf_counter()
     try:
         for arguments in inputs:
-            (logits,) = method(arguments)
+            outputs = method(arguments)
     except RuntimeError as error:
         connection.send(("error", str(error)))
         return
-    connection.send(("logits", (tuple(logits.shape[1:]), time.perf_counter() - started)))
-    connection.send_bytes(logits.contiguous().numpy().data.cast("B"))
+    connection.send(("outputs", ([tuple(output.shape) for output in outputs], time.perf_counter() - started)))
+    for output in outputs:
+        connection.send_bytes(output.contiguous().numpy().data.cast("B"))
 
 
 def _import_runtime() -> Any:

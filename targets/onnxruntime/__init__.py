@@ -25,7 +25,7 @@ from exporter.spec import (
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
     from exporter.store import StoredWeight, WeightStore
-    from targets.base import Observer, Runner, Target
+    from targets.base import Observation, Runner, Target
 
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
 
@@ -108,13 +108,10 @@ class OnnxRuntimeTarget:
     def latency_unmeasurable(self) -> str | None:
         return None
 
-    def unobservable(self) -> str | None:
-        return None
+    def observe(self, artifact: Artifact, *, graph: Graph, calls: Sequence[Sequence[int]], threads: int) -> Observation:
+        from targets.onnxruntime.observe import observe
 
-    def observer(self, artifact: Artifact, *, graph: Graph, threads: int) -> Observer:
-        from targets.onnxruntime.observe import OnnxRuntimeObserver
-
-        return OnnxRuntimeObserver(artifact, graph, threads=threads)
+        return observe(artifact, graph, calls, threads=threads)
 
 
 TARGET: Target = OnnxRuntimeTarget()

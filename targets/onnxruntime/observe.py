@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime as ort
 import torch
-from torch import Tensor
 
 from exporter.errors import LoweringError
 from exporter.model.graph import Graph, Node, Value, Weight
+from exporter.model.reference import FULL_PRECISION
 from exporter.spec import Artifact
+from targets.base import Observation
 from targets.onnxruntime.read import JOINT
 from targets.onnxruntime.runner import without_activation_rounding
 
@@ -111,47 +112,51 @@ class Taps:
         return None
 
 
-class OnnxRuntimeObserver:
-    """One session of the file with no activation rounded, which gives every value of ``Taps``."""
-
-    def __init__(self, artifact: Artifact, graph: Graph, *, threads: int) -> None:
-        import onnx
-        from onnx.helper import make_empty_tensor_value_info
-
-        self._artifact = artifact
-        self._taps = Taps(_structure(artifact.path), graph).found
-        model = onnx.load_from_string(without_activation_rounding(artifact.path))
-        outputs = {output.name for output in model.graph.output}
-        names = dict.fromkeys(name for name, _ in self._taps.values())
-        model.graph.output.extend(make_empty_tensor_value_info(name) for name in names if name not in outputs)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        folder = "session.model_external_initializers_file_folder_path"
-        options.add_session_config_entry(folder, str(artifact.path.parent))
+def observe(artifact: Artifact, graph: Graph, calls: Sequence[Sequence[int]], *, threads: int) -> Observation:
+    """Every value of ``Taps`` in the file with no activation rounded. Raises LoweringError."""
+    taps = Taps(_structure(artifact.path), graph).found
+    names = list(dict.fromkeys(name for name, _ in taps.values()))
+    session = _open(artifact.path, names, threads=threads)
+    spec = graph.spec
+    empty = np.zeros((1, spec.num_key_value_heads, 0, spec.head_dim), dtype=np.float32)
+    caches = {f"{layer}.{kind}": empty for layer in range(spec.num_hidden_layers) for kind in ("key", "value")}
+    wanted = [*names, *(f"present.{cache}" for cache in caches if f"present.{cache}" not in names)]
+    seen = []
+    position = 0
+    for ids in calls:
+        position += len(ids)
+        feeds = {f"past_key_values.{cache}": content for cache, content in caches.items()}
+        feeds["input_ids"] = np.array([list(ids)], dtype=np.int64)
+        feeds["attention_mask"] = np.ones((1, position), dtype=np.int64)
         try:
-            self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            found = dict(zip(wanted, session.run(wanted, feeds), strict=True))
         except Exception as error:  # onnxruntime has a class for each status code, without a common base
-            raise LoweringError(
-                f"ONNX Runtime cannot show the values of {artifact.path.name}: {error}", hint="export the model again"
-            ) from error
-
-    def observe(self, ids: Sequence[int], caches: dict[str, Tensor]) -> dict[Value, Tensor]:
-        """What a call with ``ids`` computes after ``caches`` (``past_k.0`` ... ``[1, KV, P, D]``)."""
-        past = next(iter(caches.values())).shape[2]
-        feeds = {
-            "input_ids": np.array([list(ids)], dtype=np.int64),
-            "attention_mask": np.ones((1, past + len(ids)), dtype=np.int64),
-        }
-        for name, cache in caches.items():
-            kind, layer = name.removeprefix("past_").split(".")
-            feeds[f"past_key_values.{layer}.{'key' if kind == 'k' else 'value'}"] = cache.contiguous().numpy()
-        names = list(dict.fromkeys(name for name, _ in self._taps.values()))
-        try:
-            found = dict(zip(names, self._session.run(names, feeds), strict=True))
-        except Exception as error:  # see above
             raise LoweringError(f"ONNX Runtime failed while running: {error}", hint="export the model again") from error
-        tensors = {name: torch.from_numpy(array) for name, array in found.items()}
-        return {value: tensors[name][..., rows] for value, (name, rows) in self._taps.items()}
+        tensors = {name: torch.from_numpy(found[name]) for name in names}
+        seen.append({value: tensors[name][..., rows] for value, (name, rows) in taps.items()})
+        caches = {cache: found[f"present.{cache}"] for cache in caches}
+        if any(cache.shape[2] != position for cache in caches.values()):
+            break  # the kernel takes only caches of one length
+    return Observation(arithmetic=FULL_PRECISION, calls=seen)
+
+
+def _open(path: Path, names: Sequence[str], *, threads: int) -> ort.InferenceSession:
+    """A session of the file that gives the values called ``names`` as well as its outputs."""
+    import onnx
+    from onnx.helper import make_empty_tensor_value_info
+
+    model = onnx.load_from_string(without_activation_rounding(path))
+    outputs = {output.name for output in model.graph.output}
+    model.graph.output.extend(make_empty_tensor_value_info(name) for name in names if name not in outputs)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    try:
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # see above
+        raise LoweringError(
+            f"ONNX Runtime cannot show the values of {path.name}: {error}", hint="export the model again"
+        ) from error
 
 
 def _structure(path: Path) -> onnx.ModelProto:

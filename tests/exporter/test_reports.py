@@ -6,6 +6,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from exporter.bisect import Bisection, Parting
 from exporter.bundle import Goldens
 from exporter.checks import checks
 from exporter.cli import app
@@ -21,6 +23,8 @@ from exporter.html import html
 from exporter.junit import junit
 from exporter.limits import Limits, check_limits
 from exporter.markdown import markdown, workflow_commands
+from exporter.model.graph import Node
+from exporter.model.reference import FULL_PRECISION
 from exporter.parity import Drive, Floor, GoldenLogits
 from exporter.pipeline import Outcome
 from exporter.report import ReportFiles, write_reports
@@ -197,10 +201,20 @@ def test_the_html_report_opens_without_a_network_and_is_the_same_each_time(folde
 def test_the_html_report_shows_what_quantization_lost_where_that_is_known(folder: Path) -> None:
     errors = {"model.embed_tokens.weight": 1e-5, "model.layers.1.mlp.down_proj.weight": 2e-2}
     plain = outcome_of(folder)
-    outcome = Outcome(target="x", folder=folder, manifest=plain.manifest, errors_by_tensor=errors, bisection="layer 1")
-    page = html([outcome])
+    page = html([Outcome(target="x", folder=folder, manifest=plain.manifest, errors_by_tensor=errors)])
     assert "model.layers.1.mlp.down_proj.weight: 0.02" in page
-    assert "Bisected: layer 1" in page
+
+
+def test_an_op_that_parts_fails_even_where_every_verdict_passed(folder: Path) -> None:
+    parting = Parting(node=Node(op="silu", name="s", arguments=(), layer=1), difference=2e-3, call="decode")
+    for partings, code, verdict in (([parting], 7, Verdict.FAILED), ([], 0, Verdict.PASSED)):
+        bisection = Bisection(partings=partings, ops=9, arithmetic=FULL_PRECISION)
+        outcome = replace(outcome_of(folder), bisection=bisection)
+        assert outcome.exit_code == code
+        (row,) = (row for row in checks(outcome) if row.name == "each op")
+        assert (row.verdict, row.figure) == (verdict, f"{9 - len(partings)} of 9 as the reference")
+        assert row.reason == ("layer 1, silu s is off by 2.0e-03 (decode)" if partings else "")
+        assert f"Bisected: {bisection}" in html([outcome])
 
 
 def test_all_reports_are_written_into_folders_that_are_made(folder: Path, tmp_path: Path) -> None:

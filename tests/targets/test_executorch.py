@@ -584,6 +584,17 @@ def test_the_whole_context_can_be_fed_at_once_and_again_after_a_rewind(toy: Call
 
 
 @pytest.mark.toolchain
+@pytest.mark.parametrize("name", ["fp32", "int4, int8 in places"])
+def test_a_program_that_is_opened_computes_to_the_bit_what_it_did(toy: Callable[[str], Lowered], name: str) -> None:
+    lowered, calls = toy(name), [tokens(17), [5], [7, 9, 11]]
+    observation = TARGET.observe(lowered.artifact, graph=lowered.graph, calls=calls, threads=1)
+    with TARGET.open(lowered.artifact, threads=1) as runner:
+        for ids, seen in zip(calls, observation.calls, strict=True):
+            assert torch.equal(seen[lowered.graph.outputs["logits"]][0], runner.feed(ids))
+            assert len(seen) == len(lowered.graph.nodes) + 2 * lowered.graph.spec.num_hidden_layers  # and the caches
+
+
+@pytest.mark.toolchain
 def test_what_cannot_be_fed_is_refused_and_changes_nothing(toy: Callable[[str], Lowered]) -> None:
     lowered, ids = toy("fp32"), tokens(CONTEXT)
     with TARGET.open(lowered.artifact, threads=1) as runner:
