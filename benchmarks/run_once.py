@@ -75,11 +75,11 @@ def _rates(runner: Any, ids: list[int]) -> dict[str, float]:
     for count in PROMPTS:
         runner.rewind(0)
         runner.feed(ids[:count])
-        rates[f"prefill {count}"] = count / runner.feed_s
+        rates[f"prefill {count}"] = count / sum(runner.steps_s)
     for depth in reversed(DEPTHS):  # the cache has 1,024 positions by now
         runner.rewind(depth)
         runner.feed_each(ids[depth : depth + DECODED])
-        rates[f"decode at {depth}"] = DECODED / runner.feed_s
+        rates[f"decode at {depth}"] = DECODED / sum(runner.steps_s)
     return rates
 
 

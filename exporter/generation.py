@@ -164,7 +164,7 @@ class Conversation:
                 break
             token = self._sample(self._runner.feed([token])[-1])
             self._held.append(answer.ids[-1])
-            answer.decode_s += self._runner.feed_s
+            answer.decode_s += sum(self._runner.steps_s)
         whole = self._bundle.tokenizer.decode(answer.ids)
         if rest := whole.removeprefix(answer.text):  # bytes of a character that never came to its end
             answer.text = whole
@@ -176,7 +176,7 @@ class Conversation:
         self._runner.rewind(same)
         logits = self._runner.feed(ids[same:])[-1]
         self._held = ids
-        answer.prefill_s, answer.prefilled_tokens = self._runner.feed_s, len(ids) - same
+        answer.prefill_s, answer.prefilled_tokens = sum(self._runner.steps_s), len(ids) - same
         return self._sample(logits)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.bundle import Goldens
 from exporter.checks import checks, title, verdict_of
+from exporter.latency import DECODE_STEPS
 from exporter.parity import KL_BY_POSITION, MISSED
 from exporter.spec import Verdict
 
@@ -78,7 +79,8 @@ def _section(outcome: Outcome) -> str:
     if outcome.manifest is not None and not outcome.error:
         goldens = Goldens.read(outcome.folder)
         parts += [*_parity_plots(outcome.manifest["parity"], goldens), _greedy_plot(goldens)]
-        parts += [_errors_plot(outcome), _latency_table(outcome.manifest["latency"])]
+        latency = outcome.manifest["latency"]
+        parts += [_errors_plot(outcome), _latency_table(latency), _steps_plot(latency)]
     return "\n".join(part for part in parts if part)
 
 
@@ -165,6 +167,24 @@ def _latency_table(latency: dict[str, Any]) -> str:
         f"{latency['load_s']:.3g} s, first token after {latency['time_to_first_token_ms']:.3g} ms"
     )
     return f"<figure><table>{''.join(rows)}</table><figcaption>{caption}</figcaption></figure>"
+
+
+def _steps_plot(latency: dict[str, Any]) -> str:
+    """The distribution of the time of a decoded token: nothing where only medians are told."""
+    steps = sorted(latency.get(DECODE_STEPS, ()))
+    return _plot(
+        [
+            _Dot(
+                x=100 * (rank + 0.5) / len(steps),
+                y=step,
+                label=f"{100 * (rank + 0.5) / len(steps):.0f} %: {step:.3g} ms",
+            )
+            for rank, step in enumerate(steps)
+        ],
+        caption=f"The time of each of {len(steps)} decoded tokens, from the fastest to the slowest",
+        labels=("share of the tokens that took no longer, %", "ms"),
+        log=False,
+    )
 
 
 def _plot(dots: Sequence[_Dot], *, caption: str, labels: tuple[str, str], log: bool, bound: float | None = None) -> str:

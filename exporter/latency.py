@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from exporter.spec import Report, Verdict
 from targets.base import Runner
 
+DECODE_STEPS = "decode_steps_ms"
+"""The figure that is a list for a plot: every decoded token of every counted run, in order."""
+
 RUNS = 5
 PROMPT_TOKENS = 128
 DECODED_TOKENS = 32
@@ -18,17 +21,17 @@ def measure_latency(runner: Runner, ids: Sequence[int], *, context: int, threads
     """One warm-up and five counted runs of a prefill and some decoding, on ``ids`` as far as ``context`` has room."""
     prompt = ids[: min(PROMPT_TOKENS, context // 2)]
     decoded = ids[len(prompt) :][: min(DECODED_TOKENS, context - len(prompt))]
-    first_token_s, prefill_rates, decode_rates = [], [], []
+    first_token_s, prefill_rates, decode_rates, steps_ms = [], [], [], list[float]()
     for run in range(RUNS + 1):
         runner.rewind(0)
         runner.feed(prompt)
-        prefill_s = runner.feed_s
+        prefill_s = sum(runner.steps_s)
         runner.feed_each(decoded)
-        decode_s = runner.feed_s
         if run > 0:
             first_token_s.append(prefill_s)
             prefill_rates.append(len(prompt) / prefill_s)
-            decode_rates.append(len(decoded) / decode_s)
+            decode_rates.append(len(decoded) / sum(runner.steps_s))
+            steps_ms += [1e3 * step_s for step_s in runner.steps_s]
     return Report(
         verdict=Verdict.PASSED,
         figures={
@@ -38,6 +41,7 @@ def measure_latency(runner: Runner, ids: Sequence[int], *, context: int, threads
             "prefill_tokens_per_s_range": [min(prefill_rates), max(prefill_rates)],
             "decode_tokens_per_s": statistics.median(decode_rates),
             "decode_tokens_per_s_range": [min(decode_rates), max(decode_rates)],
+            DECODE_STEPS: [float(f"{step_ms:.3g}") for step_ms in steps_ms],
             "prompt_tokens": len(prompt),
             "decoded_tokens": len(decoded),
             "threads": threads,

@@ -117,7 +117,7 @@ def _rate(runner: Runner, ids: Sequence[int], *, test: str, tokens: int, depth: 
         runner.feed(ids[:tokens])
     else:
         runner.feed_each(ids[depth : depth + tokens])
-    return tokens / runner.feed_s
+    return tokens / sum(runner.steps_s)
 
 
 def table(rows: Sequence[Row], output: Output) -> str:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from exporter.files import written_whole
+from exporter.latency import DECODE_STEPS
+from exporter.parity import KL_BY_POSITION, MISSED
 from exporter.spec import Verdict
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 
 _STYLES = {Verdict.PASSED: "green", Verdict.FAILED: "bold red", Verdict.NOT_MEASURED: "yellow"}
 _PIPED_WIDTH = 120
-_LISTS = ("kl_by_position_nats", "top1_missed")
-"""Figures for plots, too long for a table (``exporter.parity``)."""
+_LISTS = (KL_BY_POSITION, MISSED, DECODE_STEPS)
+"""Figures for plots, too long for a table."""
 _KINDS = ("codes", "parity", "quality", "latency")
 
 

@@ -42,11 +42,11 @@ def check_rewind(position: int, *, current: int) -> None:
 
 def one_by_one(runner: Runner, ids: Sequence[int]) -> Tensor:
     """``feed_each`` for a runner that lives in this process."""
-    total_s = 0.0
+    steps_s: list[float] = []
     for token in ids:
         logits = runner.feed([token])
-        total_s += runner.feed_s
-    runner.feed_s = total_s
+        steps_s += runner.steps_s
+    runner.steps_s = steps_s
     return logits
 
 
@@ -55,8 +55,9 @@ class Runner(Protocol):
 
     load_s: float
     """Seconds it took to load the artifact."""
-    feed_s: float
-    """Seconds the runtime took for the last ``feed`` or ``feed_each``, without what it takes to reach it."""
+    steps_s: Sequence[float]
+    """Seconds the runtime took for the last ``feed``, or for each step of the last ``feed_each``, without what it takes
+    to reach it."""
 
     @property
     def position(self) -> int:

@@ -52,7 +52,8 @@ class CoreMLRunner:
         self._position = 0
         started = time.perf_counter()
         self._predict: Predict | None = load()
-        self.load_s, self.feed_s = time.perf_counter() - started, 0.0
+        self.load_s = time.perf_counter() - started
+        self.steps_s: Sequence[float] = ()
 
     @property
     def position(self) -> int:
@@ -66,7 +67,7 @@ class CoreMLRunner:
         mask = causal_mask(self._position, end)
         started = time.perf_counter()
         logits = self._predict(tokens, mask)
-        self.feed_s = time.perf_counter() - started
+        self.steps_s = (time.perf_counter() - started,)
         self._position = end
         return logits[0].float()
 

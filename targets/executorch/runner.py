@@ -41,7 +41,7 @@ class ProgramRunner:
     """
 
     load_s: float
-    feed_s: float
+    steps_s: Sequence[float]
 
     def __init__(self, artifact: Artifact, *, threads: int) -> None:
         installed_version()
@@ -101,7 +101,7 @@ class ProgramRunner:
                     f"at position {self._position}: {reason}",
                     hint="lower the model again; if it stays so, this is a fault of llama-export: please report it",
                 )
-            shapes, self.feed_s = content
+            shapes, self.steps_s = content
             outputs = [torch.empty(shape) for shape in shapes]
             for output in outputs:
                 self._connection.recv_bytes_into(output.numpy().data.cast("B"))

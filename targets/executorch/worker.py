@@ -6,7 +6,7 @@ pool for good. It answers on the connection of that file descriptor, so whatever
     load_s                                       once, when the program is loaded
     (calls, position)                            a request: the token ids of each call, and where the first one starts
     ("outputs", (shapes, seconds)), then bytes   its answer: what the last call gives, one message of float32 for each
-                                                 shape, the logits first; and the time of all calls
+                                                 shape, the logits first; and the time of each call
     ("error", message)                           or what went wrong; the program stays loaded
 
 It ends when the other end of the connection is closed.
@@ -54,14 +54,16 @@ def _answer(connection: Connection, method: Any, calls: list[list[int]], positio
     for ids in calls:
         inputs.append((torch.tensor([ids]), torch.tensor([position])))
         position += len(ids)
-    started = time.perf_counter()
+    steps_s = []
     try:
         for arguments in inputs:
+            started = time.perf_counter()
             outputs = method(arguments)
+            steps_s.append(time.perf_counter() - started)
     except RuntimeError as error:
         connection.send(("error", str(error)))
         return
-    connection.send(("outputs", ([tuple(output.shape) for output in outputs], time.perf_counter() - started)))
+    connection.send(("outputs", ([tuple(output.shape) for output in outputs], steps_s)))
     for output in outputs:
         connection.send_bytes(output.contiguous().numpy().data.cast("B"))
 

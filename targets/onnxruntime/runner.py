@@ -49,7 +49,8 @@ class OnnxRuntimeRunner:
             raise LoweringError(
                 f"ONNX Runtime cannot load {artifact.path.name}: {error}", hint="export the model again"
             ) from error
-        self.load_s, self.feed_s = time.perf_counter() - started, 0.0
+        self.load_s = time.perf_counter() - started
+        self.steps_s: Sequence[float] = ()
         self._position = 0
         spec = artifact.spec
         shape = (1, spec.num_key_value_heads, artifact.context, spec.head_dim)
@@ -80,7 +81,7 @@ class OnnxRuntimeRunner:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # see above
             raise LoweringError(f"ONNX Runtime failed while running: {error}", hint="export the model again") from error
-        self.feed_s = time.perf_counter() - started
+        self.steps_s = (time.perf_counter() - started,)
         self._position = total
         return torch.from_numpy(logits)[0]
 

@@ -54,7 +54,7 @@ def manifest_of(**changes: Any) -> dict[str, Any]:
             **{"verdict": "passed", "load_s": 0.5, "time_to_first_token_ms": 10.0, "prefill_tokens_per_s": 100.0},
             **{"prefill_tokens_per_s_range": [90.0, 110.0], "decode_tokens_per_s": 20.0, "host": "here"},
             **{"decode_tokens_per_s_range": [19.0, 21.0], "prompt_tokens": 128, "decoded_tokens": 32},
-            **{"threads": 2, "runs": 5},
+            **{"threads": 2, "runs": 5, "decode_steps_ms": [52.0, 47.0, 50.0]},
         },
     }
     for kind, fields in changes.items():
@@ -190,7 +190,8 @@ def test_the_html_report_opens_without_a_network_and_is_the_same_each_time(folde
     outcome = failing(folder)
     page = html([outcome])
     assert page == html([outcome])
-    assert page.count("<svg") == 5  # KL, margins, greedy margins, and two ranges of latency
+    assert page.count("<svg") == 6  # KL, margins, greedy margins, two ranges of latency, and its distribution
+    assert re.search(r"17 %: 47 ms.*50 %: 50 ms.*83 %: 52 ms", page)
     assert not re.search(r"https?://|<script|<link|@import|url\(", page.replace("&lt;script", ""))
     assert page.count('class="bad"') == 3  # the missed position twice, and the unclear choice
     ET.fromstring(page.split("\n", 1)[1].replace('<meta charset="utf-8">', "").replace(
