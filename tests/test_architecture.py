@@ -32,6 +32,7 @@ LAYERS = (
         *("exporter.generation", "exporter.measure", "exporter.packing", "exporter.device"),
     ),
     ("exporter.cli", "exporter.cli_bundle", "exporter.library", "exporter.reporting", "exporter.optimum_command"),
+    ("exporter.__main__",),
 )
 """From the bottom up. A module may import from its own layer and from those below it."""
 TOOLCHAINS = {"executorch": "executorch", "torchao": "executorch", "onnxruntime": "onnxruntime", "onnx": "onnxruntime"}

@@ -137,7 +137,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return Path(named)
     folder = tmp_path_factory.mktemp("exported")
     words = ["-t", target, "--calibration", "none", "-o", folder / "bundle", "--store", folder / "store"]
-    subprocess.run([sys.executable, "-m", "exporter.cli", *map(str, words)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "exporter", *map(str, words)], check=True, capture_output=True)
     (manifest,) = (folder / "bundle").rglob("manifest.json")
     return manifest.parent
 

@@ -97,6 +97,20 @@ final class SelfTestTests: XCTestCase {
             ["rewind 0", "feed [0, 1]", "feed [2, 3]", "rewind 2", "feed [2, 3]", "feed [0]", "feed [1]"])
     }
 
+    func testTheWorstPositionHasABoundOfItsOwnAndWhatIsNoNumberMissesIt() throws {
+        let bundle = try tiny()
+        var runner: any Runner = FakeRunner()
+        var report = try SelfTest(bundle).run(&runner, device: device)
+        XCTAssertEqual(report.faults(for: bundle.manifest), [])
+        report.parity.worstKL = 0.011
+        XCTAssertEqual(
+            report.faults(for: bundle.manifest),
+            ["KL at the worst position is 0.011 nats, at most 0.01 was expected"])
+        report.parity.worstKL = .nan
+        report.parity.meanKL = .nan
+        XCTAssertEqual(report.faults(for: bundle.manifest).count, 2)
+    }
+
     func testARunnerWithTwoLogitsSwappedFails() throws {
         let bundle = try tiny()
         var fake = FakeRunner()
@@ -112,7 +126,8 @@ final class SelfTestTests: XCTestCase {
         XCTAssertEqual(report.greedy, Agreement(prompts: 1, compared: 1, agreeing: 0))
         let faults = report.faults(for: bundle.manifest)
         XCTAssertTrue(faults[0].contains("at most 0.001 was expected"), faults[0])
-        XCTAssertTrue(faults[1].contains("0 of 1 greedy tokens agree"), faults[1])
+        XCTAssertTrue(faults[1].hasPrefix("KL at the worst position is "), faults[1])
+        XCTAssertTrue(faults[2].contains("0 of 1 greedy tokens agree"), faults[2])
     }
 
     func testARunnerThatForgetsToRewindFails() throws {

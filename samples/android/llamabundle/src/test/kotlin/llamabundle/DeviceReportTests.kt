@@ -18,7 +18,7 @@ private fun report(parity: Measured<Parity>) = DeviceReport(
     peakMemoryBytes = 1_700_000_000,
 )
 
-private val whole = report(Measured.Value(Parity(194, 1.6e-4, 0.995, 1.0, 192, 0.16f)))
+private val whole = report(Measured.Value(Parity(194, 1.6e-4, 2.1e-3, 0.995, 1.0, 192, 0.16f)))
 
 private fun JsonObject.fields(name: String) = getValue(name).jsonObject.keys.toList()
 

@@ -76,6 +76,13 @@ fun Suite.selfTestTests() {
         // 1/2 ln(5/4) + 1/4 ln(5/8) + 1/4 ln(5/4)
         expectNear(compare(0.4, 0.1, 0.4, 0.1).meanKlNats, 0.04985676, within = 1e-6)
     }
+    test("the worst position has a bound of its own, and what is no number misses it") {
+        val gate = Gate(meanKlNats = 1e-3, worstKlNats = 1e-2, decidedTop1Agreement = 0.0)
+        fun faults(worst: Double) = gate.faults(Parity(2, 1e-4, worst, 1.0, 1.0, 2, 0f))
+        expect(faults(1e-2), emptyList())
+        check("worst position is 0.011 nats" in faults(0.011).single())
+        expect(faults(Double.NaN).size, 1)
+    }
     test("top-1 is where the largest logit lies") {
         expect(compare(0.25, 0.125, 0.5, 0.125).top1Agreement, 1.0)
         expect(compare(0.5, 0.125, 0.25, 0.125).top1Agreement, 0.0)
