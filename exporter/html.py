@@ -85,7 +85,7 @@ def _section(outcome: Outcome) -> str:
 
 
 def _parity_plots(parity: dict[str, Any], goldens: Goldens) -> list[str]:
-    if KL_BY_POSITION not in parity:  # a device tells the mean alone
+    if KL_BY_POSITION not in parity:  # a device tells the mean and the worst alone
         return []
     positions, missed = goldens.drive.positions, set(parity[MISSED])
     logits = goldens.logits.top_logits

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from calibration.rtn import round_to_nearest
 from exporter.codes import check_codes, digest
+from exporter.latency import measure_latency
 from exporter.metrics import bootstrap_interval, kl_divergence, negative_log_likelihood, perplexity, top1_agreement
 from exporter.model.reference import round_activations
 from exporter.parity import (
@@ -307,3 +308,31 @@ def test_a_scale_repeated_for_finer_blocks_is_the_same_and_one_of_them_changed_i
     finer[2, 3] *= 2
     changed = QuantizedTensor(**fields, scales=finer)
     assert check_codes([(name, changed)], expected=expected, scheme=SCHEME).verdict is Verdict.FAILED
+
+
+class Timed:
+    """A runner whose n-th run takes n seconds to read, and n to 2n milliseconds a token."""
+
+    load_s = 0.5
+    steps_s: tuple[float, ...] = ()
+    run = 0
+
+    def rewind(self, position: int) -> None:
+        assert position == 0
+        self.run += 1
+
+    def feed(self, ids: list[int]) -> None:
+        self.steps_s = (float(self.run),)
+
+    def feed_each(self, ids: list[int]) -> None:
+        self.steps_s = tuple(1e-3 * self.run * (1 + index / len(ids)) for index in range(len(ids)))
+
+
+def test_latency_keeps_each_decoded_token_of_each_counted_run() -> None:
+    runner: Any = Timed()
+    figures = measure_latency(runner, list(range(40)), context=64, threads=1).figures
+    assert (figures["prompt_tokens"], figures["decoded_tokens"], figures["runs"]) == (32, 8, 5)
+    steps = figures["decode_steps_ms"]
+    assert len(steps) == 5 * 8
+    assert (steps[0], steps[8], steps[-1]) == (2.0, 3.0, 11.2)  # the first run does not count
+    assert figures["time_to_first_token_ms"] == 4000
