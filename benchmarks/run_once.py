@@ -39,7 +39,7 @@ def main() -> None:
     target, spec = targets.load(args.target), read_spec(args.checkpoint)
     artifact = Artifact(
         target=target.name,
-        backend=target.backends[0],
+        backend=target.backend,
         path=args.file,
         spec=spec,
         scheme=INT4,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+import targets
 from exporter.chat import GOLDEN_DATE, find_format
 from exporter.checkpoint import Checkpoint
 from exporter.checkpoint.config import read_json
@@ -119,15 +120,17 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdicts:
-    """The four reports of one artifact."""
+    """The reports of one artifact. ``audit`` is there where nothing here can run it."""
 
     codes: Report
+    audit: Report | None = None
     parity: Report
     quality: Report
     latency: Report
 
     def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name).to_json() for name in ("codes", "parity", "quality", "latency")}
+        reports = {name: getattr(self, name) for name in ("codes", "audit", "parity", "quality", "latency")}
+        return {name: report.to_json() for name, report in reports.items() if report is not None}
 
 
 def describe_bundle(
@@ -210,6 +213,13 @@ def open_bundle(folder: Path) -> dict[str, Any]:
             if wanted != found:
                 raise InputError(f"{folder / path} has {field} {found}, its manifest says {wanted}", hint=_EXPORT_AGAIN)
     return manifest
+
+
+def label_of(manifest: Mapping[str, Any]) -> str:
+    """What ``targets.load`` wants: the label of the target and backend that a manifest names. Raises UsageError."""
+    target, _ = targets.split(str(manifest.get("target")))
+    _, backend = targets.split(f"{target}-{manifest.get('backend')}")
+    return targets.label(target, backend)
 
 
 def read_artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:

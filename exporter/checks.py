@@ -31,7 +31,10 @@ def checks(outcome: Outcome) -> list[Check]:
     manifest = outcome.manifest
     files = manifest["files"]
     whole = Check(name="bundle", verdict=Verdict.PASSED, figure=f"{len(files)} files", bound="every checksum")
-    rows = [whole, _codes(manifest["codes"]), *_parity(manifest["parity"]), _quality(manifest["quality"])]
+    rows = [whole, _codes(manifest["codes"])]
+    if "audit" in manifest:
+        rows.append(_audit(manifest["audit"]))
+    rows += [*_parity(manifest["parity"]), _quality(manifest["quality"])]
     return [*rows, _latency(manifest["latency"]), *_bisection(outcome), *_limits(outcome)]
 
 
@@ -58,12 +61,22 @@ def _codes(report: Mapping[str, Any]) -> Check:
     )
 
 
+def _audit(report: Mapping[str, Any]) -> Check:
+    return Check(
+        name="audit",
+        verdict=Verdict(report["verdict"]),
+        figure=", ".join(f"{name} {value}" for name, value in report.items() if isinstance(value, int)),
+        reason=report.get("reason", ""),
+    )
+
+
 def _parity(report: Mapping[str, Any]) -> Iterator[Check]:
     structure, shipped = "parity, structure", "parity, shipped"
     difference = report["structure_max_abs_logit_diff"]
     faults = []
     if difference is None:
-        reason = "the structure step needs the checkpoint: name it with --against"
+        unmeasured = report["mean_kl_nats"] is None
+        reason = report["reason"] if unmeasured else "the structure step needs the checkpoint: name it with --against"
         yield Check(name=structure, verdict=Verdict.NOT_MEASURED, reason=reason)
     else:
         faults = structure_faults(report)

@@ -117,6 +117,15 @@ def export(
     target: Annotated[
         str | None, typer.Option("--target", "-t", help="executorch, onnxruntime, coreml, a comma list, or all.")
     ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            "--backend",
+            "-b",
+            help="What runs inside a target, a comma list; llama-export targets shows all.",
+            show_default="xnnpack, cpu, gpu",
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="A TOML file of options; those given here come before its own.")
     ] = None,
@@ -263,6 +272,7 @@ def export(
             **(read_recipe(recipe) if recipe else {}),
             **asked_for(
                 target=target,
+                backend=backend,
                 precision=precision,
                 prefer=prefer,
                 head=head,
@@ -470,12 +480,12 @@ def inspect(
 
 @app.command(name="targets")
 def list_targets(*, as_json: JsonOption = False) -> None:
-    """List the targets, what each writes, and what executes it on this host."""
+    """List targets and backends: what each writes, and what this host can do for it."""
     with reporting():
         import targets
         from exporter.report import target_facts
 
-        facts = [target_facts(targets.load(name)) for name in targets.NAMES]
+        facts = [target_facts(targets.load(label)) for label in targets.LABELS]
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import targets
-from exporter.bundle import open_bundle, read_artifact
-from exporter.errors import InputError, UsageError
+from exporter.bundle import label_of, open_bundle, read_artifact
+from exporter.errors import HostError, InputError, UsageError
 from exporter.spec import Artifact
 from exporter.tokenizer import Tokenizer
 from targets.base import Runner, Target
@@ -33,9 +33,11 @@ class OpenedBundle:
 
 
 def open_for_running(folder: Path) -> OpenedBundle:
-    """Raises InputError for a bundle that is not whole."""
+    """Raises InputError for a bundle that is not whole, HostError for one that this host cannot run."""
     manifest = open_bundle(folder)
-    target = targets.load(str(manifest.get("target")))
+    target = targets.load(label_of(manifest))
+    if reason := target.missing() or target.cannot_execute():
+        raise HostError(f"{folder}: {reason}", hint="llama-export doctor shows what this host can run")
     artifact = read_artifact(manifest, path=target.find(folder))
     return OpenedBundle(folder=folder, manifest=manifest, target=target, artifact=artifact, tokenizer=Tokenizer(folder))
 

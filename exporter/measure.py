@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from itertools import cycle, islice
 
+import targets
 from exporter.bundle import Goldens
 from exporter.errors import HostError, UsageError
 from exporter.generation import OpenedBundle
@@ -92,7 +93,7 @@ def measure(bundle: OpenedBundle, matrix: Matrix, *, on_row: Callable[[int, int]
                 ][1:]
                 yield Row(
                     model=artifact.spec.name,
-                    target=artifact.target,
+                    target=targets.label(artifact.target, artifact.backend),
                     precision=artifact.scheme.body.value,
                     threads=threads,
                     test=test,

@@ -178,15 +178,32 @@ def check_parity(
     return judge(figures, artifact=artifact)
 
 
-def judge(figures: dict[str, Any], *, artifact: Artifact) -> Report:
-    """Verdict on the figures, to which the gates are added; a figure that is not a number fails."""
-    floor = Floor(mean_kl_nats=figures["floor_kl_nats"], worst_kl_nats=figures["floor_worst_kl_nats"])
+def parity_not_measured(reason: str, *, floor: Floor, artifact: Artifact, runtime: str) -> Report:
+    """Of an artifact that this host cannot run: every figure absent, and the gates that a device will be judged by."""
+    absent = ("positions", "mean_kl_nats", "worst_kl_nats", "top1_agreement", "decided_top1_agreement")
+    figures = {
+        "runtime": runtime,
+        **dict.fromkeys((*absent, "max_abs_logit_diff")),
+        **structure_figures(None),
+        **floor.figures(),
+        **_gates(artifact, floor=floor),
+    }
+    return Report(verdict=Verdict.NOT_MEASURED, reason=reason, figures=figures)
+
+
+def _gates(artifact: Artifact, *, floor: Floor) -> dict[str, float]:
     bounds = gate(artifact.arithmetic, floor=floor)
-    figures |= {
+    return {
         "gate_mean_kl_nats": bounds.mean_kl_nats,
         "gate_worst_kl_nats": bounds.worst_kl_nats,
         "gate_decided_top1_agreement": bounds.decided_top1_agreement,
     }
+
+
+def judge(figures: dict[str, Any], *, artifact: Artifact) -> Report:
+    """Verdict on the figures, to which the gates are added; a figure that is not a number fails."""
+    floor = Floor(mean_kl_nats=figures["floor_kl_nats"], worst_kl_nats=figures["floor_worst_kl_nats"])
+    figures |= _gates(artifact, floor=floor)
     faults = [*structure_faults(figures), *shipped_faults(figures)]
     return Report(verdict=Verdict.FAILED if faults else Verdict.PASSED, reason="; ".join(faults), figures=figures)
 

@@ -21,6 +21,7 @@ from exporter.bundle import (
     copy_tokenizer,
     describe_bundle,
     is_bundle,
+    label_of,
     open_bundle,
     read_artifact,
     read_calibration,
@@ -30,7 +31,17 @@ from exporter.bundle import (
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.codes import weight_digests
 from exporter.device import fold, report_of_this_host
-from exporter.errors import BudgetError, CapacityError, ExportError, InputError, ParityError, UsageError, gravest
+from exporter.errors import (
+    BudgetError,
+    CapacityError,
+    ExportError,
+    InputError,
+    LoweringError,
+    MissingToolError,
+    ParityError,
+    UsageError,
+    gravest,
+)
 from exporter.files import folder_in_progress, put_in_place, written_whole
 from exporter.html import html
 from exporter.limits import Limits, check_limits
@@ -66,7 +77,13 @@ from exporter.tokenizer import Tokenizer
 from targets.base import Target
 
 REPORT = "report.html"
-_FAILURES = {"codes": ParityError, "parity": ParityError, "quality": BudgetError, "latency": BudgetError}
+_FAILURES = {
+    "codes": ParityError,
+    "audit": LoweringError,
+    "parity": ParityError,
+    "quality": BudgetError,
+    "latency": BudgetError,
+}
 """What it means when the verdict of that kind is *failed*."""
 
 
@@ -89,7 +106,8 @@ class Outcome:
     def exit_code(self) -> int:
         if self.error or self.manifest is None:
             return self.error.exit_code if self.error else 0
-        failed = [kind for kind in _FAILURES if self.manifest[kind]["verdict"] == Verdict.FAILED]
+        kinds = [kind for kind in _FAILURES if kind in self.manifest]
+        failed = [kind for kind in kinds if self.manifest[kind]["verdict"] == Verdict.FAILED]
         codes = [_FAILURES[kind].exit_code for kind in failed]
         if self.bisection and self.bisection.partings:
             codes.append(ParityError.exit_code)
@@ -117,7 +135,7 @@ def export(plan: Plan, progress: Progress) -> list[Outcome]:
     progress.stage("reading the checkpoint")
     checkpoint = open_checkpoint(plan.checkpoint)
     tokenizer = Tokenizer(checkpoint.folder)
-    chosen = [targets.load(name) for name in plan.targets]
+    chosen = {label: targets.load(label) for label in plan.targets}
     refuse_early(plan, checkpoint.spec, chosen)
 
     progress.stage("tracing")
@@ -127,7 +145,10 @@ def export(plan: Plan, progress: Progress) -> list[Outcome]:
     progress.stage("quality: reference against full precision")
     quality = _quality_by_target(chosen, material, progress=progress)
 
-    return [_export_one(target, material, quality=quality[target.name], progress=progress) for target in chosen]
+    return [
+        _export_one(label, target, material, quality=quality[label], progress=progress)
+        for label, target in chosen.items()
+    ]
 
 
 def _quantize(
@@ -187,18 +208,18 @@ def _mix_precisions(
     return replace(plan, scheme=replace(plan.scheme, rules=rules)), replace(texts, calibration=read_again)
 
 
-def _export_one(target: Target, material: Material, *, quality: Report, progress: Progress) -> Outcome:
-    """Lower and prove one target, and put its bundle in place: as ``<target>``, or as ``<target>.failed``."""
+def _export_one(label: str, target: Target, material: Material, *, quality: Report, progress: Progress) -> Outcome:
+    """Lower and prove one target, and put its bundle in place: as ``<label>``, or as ``<label>.failed``."""
     out = material.plan.out
-    good, bad = out / target.name, out / f"{target.name}.failed"
-    with folder_in_progress(out, target.name) as folder:
+    good, bad = out / label, out / f"{label}.failed"
+    with folder_in_progress(out, label) as folder:
         try:
-            manifest = _make_bundle(target, material, folder, quality=quality, progress=progress)
-            outcome = Outcome(target=target.name, folder=good, manifest=manifest)
+            manifest = _make_bundle(label, target, material, folder, quality=quality, progress=progress)
+            outcome = Outcome(target=label, folder=good, manifest=manifest)
         except ExportError as error:
             interrupt.check()  # then the others are not to go on
             write_json(folder / "failure.json", {"error": str(error), "hint": error.hint, "exit_code": error.exit_code})
-            outcome = Outcome(target=target.name, folder=bad, error=error)
+            outcome = Outcome(target=label, folder=bad, error=error)
         if outcome.exit_code:
             put_in_place(folder, bad)
             return replace(outcome, folder=bad)
@@ -209,18 +230,18 @@ def _export_one(target: Target, material: Material, *, quality: Report, progress
 
 
 def _make_bundle(
-    target: Target, material: Material, folder: Path, *, quality: Report, progress: Progress
+    label: str, target: Target, material: Material, folder: Path, *, quality: Report, progress: Progress
 ) -> dict[str, Any]:
-    """Fill ``folder`` with the artifact, its goldens and a manifest with its four verdicts; give the manifest."""
+    """Fill ``folder`` with the artifact, its goldens and a manifest with its verdicts; give the manifest."""
     plan, store, graph = material.plan, material.store, material.graph
-    progress.stage(f"{target.name}: lowering")
+    progress.stage(f"{label}: lowering")
     artifact = target.lower(graph, store, plan, folder)
     copy_tokenizer(material.tokenizer, folder)
-    write_recipe(folder, plan, target=target.name)
+    write_recipe(folder, plan, target=label)
     if graph.spec.is_large:
         give_back_memory()
 
-    progress.stage(f"{target.name}: reference")
+    progress.stage(f"{label}: reference")
     steps = drive_for(material.texts.evaluation, context=plan.context)
     if target.is_slow(graph.spec):
         steps = steps.decoding(FEW_DECODES)
@@ -230,21 +251,22 @@ def _make_bundle(
     if graph.spec.is_large:
         give_back_memory()
 
-    progress.stage(f"{target.name}: codes")
+    progress.stage(f"{label}: codes")
     codes = prove_codes(target, artifact, expected=goldens.weight_sha256)
-    progress.stage(f"{target.name}: parity")
+    progress.stage(f"{label}: parity")
     parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=plan)
-    progress.stage(f"{target.name}: latency")
+    audit = target.audit(artifact)
+    progress.stage(f"{label}: latency")
     latency = prove_latency(target, artifact, ids=material.texts.evaluation, threads=plan.threads)
 
-    verdicts = Verdicts(codes=codes, parity=parity, quality=quality, latency=latency)
+    verdicts = Verdicts(codes=codes, audit=audit, parity=parity, quality=quality, latency=latency)
     calibration = store.calibration_facts()
     if material.texts.calibration:
         calibration |= {"seed": plan.sampling.seed, "evaluation_overlap": material.texts.overlap}
     described = describe_bundle(
         folder, artifact=artifact, checkpoint=store.checkpoint, calibration=calibration, verdicts=verdicts
     )
-    outcome = Outcome(target=target.name, folder=folder, manifest=described, errors_by_tensor=_errors_by_tensor(store))
+    outcome = Outcome(target=label, folder=folder, manifest=described, errors_by_tensor=_errors_by_tensor(store))
     (folder / REPORT).write_text(html([outcome]), encoding="utf-8")
     return write_manifest(folder, described)
 
@@ -275,7 +297,10 @@ def validate(
         raise UsageError("--bisect compares with the checkpoint", hint="name it with --against, or leave --bisect out")
     progress.stage("checksums")
     manifest = open_bundle(bundle)
-    target = targets.load(str(manifest.get("target")))
+    label = label_of(manifest)
+    target = targets.load(label)
+    if missing := target.missing():
+        raise _missing(label, missing)
     if compute_units:
         target = target.on(compute_units)
     stood_in = target.latency_unmeasurable() if device_report else None
@@ -290,7 +315,7 @@ def validate(
         recipe, sampling = read_calibration(manifest, bundle=bundle)
         plan = Plan(
             checkpoint=against,
-            targets=(artifact.target,),
+            targets=(label,),
             scheme=artifact.scheme,
             context=artifact.context,
             logits=artifact.logits,
@@ -316,13 +341,14 @@ def validate(
         bisection = _bisect(target, artifact, material, goldens)
     progress.stage("latency")
     latency = prove_latency(target, artifact, ids=goldens.drive.ids, threads=threads)
-    verdicts = Verdicts(codes=codes, parity=parity, quality=quality, latency=latency)
+    audit = target.audit(artifact)
+    verdicts = Verdicts(codes=codes, audit=audit, parity=parity, quality=quality, latency=latency)
     proven = {**manifest, **verdicts.to_json()}
     if device_report:
         with written_whole(device_report) as temporary:
             write_json(temporary, report_of_this_host(bundle, proven))
     return Outcome(
-        target=target.name,
+        target=label,
         folder=bundle,
         manifest=proven,
         limits=check_limits(proven, limits),
@@ -338,7 +364,7 @@ def validate_device(bundle: Path, report: Path, *, limits: Limits, progress: Pro
     entry = fold(bundle, report)
     manifest = open_bundle(bundle)
     proven = {**manifest, "parity": entry["parity"], "latency": entry["latency"]}
-    return Outcome(target=manifest["target"], folder=bundle, manifest=proven, limits=check_limits(proven, limits))
+    return Outcome(target=label_of(manifest), folder=bundle, manifest=proven, limits=check_limits(proven, limits))
 
 
 def _bisect(target: Target, artifact: Artifact, material: Material, goldens: Goldens) -> Bisection:
@@ -382,12 +408,14 @@ def _prove_against(
     answers = ask_reference(graph, store, artifact, goldens.drive)
     parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=material.plan)
     progress.stage("quality")
-    quality = _quality_by_target([target], material, progress=progress)[target.name]
+    (label,) = material.plan.targets
+    quality = _quality_by_target({label: target}, material, progress=progress)[label]
     return codes, parity, quality
 
 
-def refuse_early(plan: Plan, spec: ModelSpec, chosen: list[Target]) -> None:
-    """Everything that can be known to fail before any work is done. Raises UsageError, InputError or CapacityError."""
+def refuse_early(plan: Plan, spec: ModelSpec, chosen: Mapping[str, Target]) -> None:
+    """Everything that can be known to fail before any work is done. Raises UsageError, InputError, MissingToolError or
+    CapacityError."""
     if plan.context > spec.max_position_embeddings:
         raise UsageError(
             f"--context {plan.context} is more than the {spec.max_position_embeddings} positions of this model",
@@ -398,12 +426,18 @@ def refuse_early(plan: Plan, spec: ModelSpec, chosen: list[Target]) -> None:
         open_matrices(spec, plan.scheme)
     if plan.budget_bytes:
         refuse_budget(spec, plan.scheme, budget_bytes=plan.budget_bytes)
-    for target in chosen:
+    for label, target in chosen.items():
         reason = target.refuse(spec, plan)
         if reason:
-            raise UsageError(f"target {target.name}: {reason}", hint="leave this target out, or change the option")
+            raise UsageError(f"target {label}: {reason}", hint="leave this target out, or change the option")
+        if missing := target.missing():
+            raise _missing(label, missing)
     _refuse_folder(plan)
     _refuse_full_disk(plan, spec)
+
+
+def _missing(label: str, reason: str) -> MissingToolError:
+    return MissingToolError(f"target {label}: {reason}", hint="install it; llama-export doctor lists all that is there")
 
 
 def _refuse_groups(scheme: WeightScheme, spec: ModelSpec) -> None:
@@ -421,8 +455,8 @@ def _refuse_folder(plan: Plan) -> None:
     a run that was killed outright may have left hidden there, which is passed over."""
     if plan.out.exists() and not plan.out.is_dir():
         raise InputError(f"output {plan.out} is a file, a folder was expected", hint="name another folder with -o")
-    known = {f"{name}{suffix}" for name in targets.NAMES for suffix in ("", ".failed")}
-    left_over = tuple(f".{name}." for name in targets.NAMES)
+    known = {f"{label}{suffix}" for label in targets.LABELS for suffix in ("", ".failed")}
+    left_over = tuple(f".{label}." for label in targets.LABELS)
     for path in sorted(plan.out.iterdir()) if plan.out.exists() else []:
         if path.name.startswith(left_over):
             continue
@@ -448,7 +482,7 @@ def _refuse_full_disk(plan: Plan, spec: ModelSpec) -> None:
             )
 
 
-def _quality_by_target(chosen: list[Target], material: Material, *, progress: Progress) -> dict[str, Report]:
+def _quality_by_target(chosen: Mapping[str, Target], material: Material, *, progress: Progress) -> dict[str, Report]:
     """Before anything is lowered: it depends on codes and arithmetic alone."""
     store, graph, checkpoint = material.store, material.graph, material.store.checkpoint
     prefer, passes, layers = material.plan.prefer, len(chosen) + 1, count(1)
@@ -456,8 +490,8 @@ def _quality_by_target(chosen: list[Target], material: Material, *, progress: Pr
         evaluation_windows(material.texts.evaluation, bos=graph.spec.bos_token_id, context=material.plan.context),
         truth=Reference(graph, _Original(checkpoint), FULL_PRECISION, keep_bytes=0),
         candidates={
-            target.name: Reference(graph, store, target.arithmetic(store.scheme, prefer), keep_bytes=0)
-            for target in chosen
+            label: Reference(graph, store, target.arithmetic(store.scheme, prefer), keep_bytes=0)
+            for label, target in chosen.items()
         },
         budget_nats=material.plan.max_kl_nats or MEAN_KL_NATS[store.scheme.body],
         on_layer=lambda: progress.advance(next(layers), passes * graph.spec.num_hidden_layers),

@@ -38,7 +38,9 @@ class Choices(TypedDict, total=False):
     tells more of it, and a key of a recipe file (with hyphens)."""
 
     target: str
-    """Names with commas between, or all."""
+    """Names with commas between, or all; a name may have a backend behind it, as ``executorch-portable``."""
+    backend: str
+    """Names with commas between: each holds for those of the targets that have it."""
     precision: str
     prefer: str
     head: str
@@ -90,7 +92,7 @@ def plan(
     budget_mb, text = choices.get("budget_mb"), choices.get("eval_text")
     return Plan(
         checkpoint=Path(checkpoint),
-        targets=_targets(choices["target"]),
+        targets=_targets(choices["target"], backends=choices.get("backend")),
         scheme=scheme,
         recipe=_recipe(
             scheme, corpus=corpus, method=method, sampling=sampling, tuning=_only(choices, "act_order", "damping")
@@ -154,15 +156,30 @@ def default_store() -> Path:
     return platformdirs.user_cache_path("llama-export")
 
 
-def _targets(words: str) -> tuple[str, ...]:
+def _targets(words: str, *, backends: str | None) -> tuple[str, ...]:
+    """The labels that ``--target`` and ``--backend`` stand for."""
     import targets
 
-    names = tuple(dict.fromkeys(word.strip() for word in words.split(",")))
-    if "all" in names:
-        return targets.NAMES
-    for name in names:
-        targets.check_known(name)
-    return names
+    named = _words(words)
+    named = targets.NAMES if "all" in named else named
+    pairs = {name: targets.split(name) for name in named}
+    asked = _words(backends) if backends else ()
+    known = {backend for target, _ in pairs.values() for backend in targets.BACKENDS[target]}
+    for backend in asked:
+        if backend not in known:
+            raise UsageError(
+                f"--backend {backend} is none of {', '.join(named)}; known: {', '.join(sorted(known))}",
+                hint="choose one of these, or name its target with --target",
+            )
+    labels = []
+    for name, (target, backend) in pairs.items():
+        own = [one for one in asked if one in targets.BACKENDS[target] and name == target]
+        labels += [targets.label(target, one) for one in own or [backend]]
+    return tuple(dict.fromkeys(labels))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",")))
 
 
 def _body(precision: str | None, *, prefer: Prefer) -> Precision:

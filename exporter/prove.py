@@ -32,6 +32,7 @@ from exporter.parity import (
     check_parity,
     drive,
     judge,
+    parity_not_measured,
     structure_bound,
     structure_figures,
 )
@@ -131,6 +132,8 @@ def prove_parity(
     target: Target, artifact: Artifact, answers: Answers, *, graph: Graph, store: WeightStore, plan: Plan
 ) -> Report:
     """Both steps of parity, against a reference that has the checkpoint's weights."""
+    if reason := target.cannot_execute():
+        return parity_not_measured(reason, floor=answers.floor, artifact=artifact, runtime=target.runtime())
     structure = _prove_structure(target, artifact, answers, graph=graph, store=store, plan=plan)
     with target.open(artifact, threads=plan.threads) as runner:
         got = drive(runner, answers.drive)
@@ -176,6 +179,8 @@ def _in_full_precision(graph: Graph, answers: Answers, steps: Drive, *, noise: f
 
 def prove_parity_by_goldens(target: Target, artifact: Artifact, goldens: Goldens, *, threads: int) -> Report:
     """The shipped step of parity alone, against the logits that the bundle keeps."""
+    if reason := target.cannot_execute():
+        return parity_not_measured(reason, floor=goldens.floor, artifact=artifact, runtime=target.runtime())
     with target.open(artifact, threads=threads) as runner:
         got = drive(runner, goldens.drive)
     figures: dict[str, Any] = {
@@ -188,7 +193,7 @@ def prove_parity_by_goldens(target: Target, artifact: Artifact, goldens: Goldens
 
 
 def prove_latency(target: Target, artifact: Artifact, *, ids: Sequence[int], threads: int) -> Report:
-    reason = target.latency_unmeasurable()
+    reason = target.cannot_execute() or target.latency_unmeasurable()
     if reason:
         return not_measured(reason)
     with target.open(artifact, threads=threads) as runner:

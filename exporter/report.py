@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from exporter.files import written_whole
 from exporter.latency import DECODE_STEPS
@@ -24,6 +26,17 @@ if TYPE_CHECKING:
 
 _STYLES = {Verdict.PASSED: "green", Verdict.FAILED: "bold red", Verdict.NOT_MEASURED: "yellow"}
 _PIPED_WIDTH = 120
+
+
+class Standing(StrEnum):
+    """What this host can do for a backend."""
+
+    EXECUTED = "executed here"
+    AUDITED = "lowered and audited"
+    NEEDS = "needs something"
+
+
+_STANDINGS = {Standing.EXECUTED: "green", Standing.AUDITED: "yellow", Standing.NEEDS: "red"}
 _LISTS = (KL_BY_POSITION, MISSED, DECODE_STEPS)
 """Figures for plots, too long for a table."""
 _KINDS = ("codes", "parity", "quality", "latency")
@@ -108,8 +121,8 @@ def print_outcomes(outcomes: list[Outcome]) -> None:
         )
         reasons += [
             f"{outcome.target}: {kind} {manifest[kind]['verdict']}: {manifest[kind]['reason']}"
-            for kind in _KINDS
-            if manifest[kind].get("reason")
+            for kind in (*_KINDS, "audit")
+            if kind in manifest and manifest[kind].get("reason")
         ]
     console.print(table)
     for outcome in outcomes:
@@ -169,28 +182,31 @@ def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def target_facts(target: Target) -> dict[str, Any]:
-    """What ``targets`` tells of one target; its runtime is asked, so that a missing one is seen."""
+    """What ``targets`` tells of one backend: whether this host lowers it and runs what was lowered, and by what."""
     from exporter.errors import MissingToolError
 
+    lacking, unrunnable = target.missing(), target.cannot_execute()
     try:
-        runs_by, usable = target.runtime(), True
+        told = lacking or unrunnable or target.runtime()
     except MissingToolError as error:
-        runs_by, usable = f"{error} ({error.hint})", False
+        told = lacking = f"{error} ({error.hint})"
+    standing = Standing.NEEDS if lacking else Standing.AUDITED if unrunnable else Standing.EXECUTED
     return {
         "target": target.name,
-        "backends": list(target.backends),
+        "backend": target.backend,
         "writes": target.format,
-        "executed_here_by": runs_by,
-        "usable": usable,
+        "standing": standing.value,
+        "told": told,
     }
 
 
 def print_targets(facts: list[dict[str, Any]]) -> None:
     table = Table()
-    for heading in ("target", "backends", "writes", "executed here by"):
+    for heading in ("target", "backend", "on this host", "writes", ""):
         table.add_column(heading)
     for row in facts:
-        table.add_row(row["target"], ", ".join(row["backends"]), row["writes"], row["executed_here_by"])
+        standing = Text(row["standing"], style=_STANDINGS[Standing(row["standing"])])
+        table.add_row(row["target"], row["backend"], standing, row["writes"], row["told"])
     _console().print(table)
 
 

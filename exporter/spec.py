@@ -282,6 +282,7 @@ class Plan:
 
     checkpoint: Path
     targets: tuple[str, ...]
+    """Labels (``targets.label``): a target, or a target and a backend."""
     scheme: WeightScheme
     context: int
     """Positions the key-value cache holds."""

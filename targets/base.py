@@ -12,7 +12,7 @@ from torch import Tensor
 
 from exporter.errors import InputError
 from exporter.model.graph import Graph, Value
-from exporter.spec import Arithmetic, Artifact, ModelSpec, Plan, Prefer, WeightScheme
+from exporter.spec import Arithmetic, Artifact, ModelSpec, Plan, Prefer, Report, WeightScheme
 from exporter.store import StoredWeight, WeightStore
 
 
@@ -81,10 +81,10 @@ class Runner(Protocol):
 
 
 def make_artifact(target: Target, *, spec: ModelSpec, plan: Plan, path: Path) -> Artifact:
-    """What ``target`` has written at ``path`` for ``plan``, on its default backend."""
+    """What ``target`` has written at ``path`` for ``plan``, for its backend."""
     return Artifact(
         target=target.name,
-        backend=target.backends[0],
+        backend=target.backend,
         path=path,
         spec=spec,
         scheme=plan.scheme,
@@ -107,11 +107,26 @@ class Observation:
 
 
 class Target(Protocol):
-    """One toolchain that turns a graph and its weights into a file that a device runs."""
+    """One toolchain that turns a graph and its weights into a file, for one backend that runs it on a device."""
 
     name: ClassVar[str]
-    backends: ClassVar[tuple[str, ...]]  # the first is the default
+    backend: str
     format: ClassVar[str]  # file suffix and what it is, for `llama-export targets`
+
+    def missing(self) -> str | None:
+        """The package or SDK that this host lacks to lower or to run, and the command that installs it, in one
+        sentence; None if nothing is missing. Imports no toolchain."""
+        ...
+
+    def cannot_execute(self) -> str | None:
+        """Why this host cannot run what is lowered, in one sentence; None if it can. Nothing then is opened, and
+        ``audit`` takes the place of parity."""
+        ...
+
+    def audit(self, artifact: Artifact) -> Report | None:
+        """What the structure of an artifact shows that this host cannot run: delegates, ops left over, constants. None
+        of one that is run."""
+        ...
 
     def refuse(self, spec: ModelSpec, plan: Plan) -> str | None:
         """Why this plan cannot work, in one sentence; None if it can. Reads no weight, imports no toolchain."""

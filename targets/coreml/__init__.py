@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from exporter.errors import UsageError
 from exporter.files import folder_in_progress, put_in_place
-from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Precision, Prefer, WeightScheme
+from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Precision, Prefer, Report, WeightScheme
 
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
@@ -34,7 +34,7 @@ def executes_here() -> bool:
 
 class CoreMLTarget:
     name: ClassVar[str] = "coreml"
-    backends: ClassVar[tuple[str, ...]] = ("gpu",)
+    backend: str = "gpu"
     format: ClassVar[str] = ".mlpackage, an ML Program for iOS 18 and macOS 15"
 
     def __init__(self, compute_units: str = COMPUTE_UNITS[0]) -> None:
@@ -45,6 +45,15 @@ class CoreMLTarget:
             return "--prefer prefill changes nothing here, activations are float16 in any case"
         if plan.context < 2:
             return f"the context is {plan.context}, but Core ML's open lengths need a range: at least 2"
+        return None
+
+    def missing(self) -> str | None:
+        return None
+
+    def cannot_execute(self) -> str | None:
+        return None
+
+    def audit(self, artifact: Artifact) -> Report | None:
         return None
 
     def arithmetic(self, scheme: WeightScheme, prefer: Prefer = Prefer.QUALITY) -> Arithmetic:
@@ -135,4 +144,6 @@ class CoreMLTarget:
         return observe(artifact, graph, calls)
 
 
-TARGET: Target = CoreMLTarget()
+def load(backend: str) -> Target:
+    """What serves ``backend``, one of ``targets.BACKENDS``."""
+    return {"gpu": CoreMLTarget}[backend]()

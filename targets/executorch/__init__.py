@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from exporter.errors import UsageError
-from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Prefer, WeightScheme
+from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Prefer, Report, WeightScheme
 
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
@@ -28,7 +28,7 @@ _LEAST_CONTEXT = 4
 
 class ExecuTorchTarget:
     name: ClassVar[str] = "executorch"
-    backends: ClassVar[tuple[str, ...]] = ("xnnpack",)
+    backend: str = "xnnpack"
     format: ClassVar[str] = ".pte, an ExecuTorch program"
 
     def refuse(self, spec: ModelSpec, plan: Plan) -> str | None:
@@ -40,6 +40,15 @@ class ExecuTorchTarget:
         for name, shape in spec.weights().items():
             if len(shape) == 2 and shape[1] % scheme.groups(name, columns=shape[1]):
                 return f"{name} has {shape[1]} columns, which int4 groups of {scheme.group_size} do not divide"
+        return None
+
+    def missing(self) -> str | None:
+        return None
+
+    def cannot_execute(self) -> str | None:
+        return None
+
+    def audit(self, artifact: Artifact) -> Report | None:
         return None
 
     def arithmetic(self, scheme: WeightScheme, prefer: Prefer = Prefer.QUALITY) -> Arithmetic:
@@ -115,4 +124,6 @@ class ExecuTorchTarget:
         return observe(artifact, graph, calls, threads=threads)
 
 
-TARGET: Target = ExecuTorchTarget()
+def load(backend: str) -> Target:
+    """What serves ``backend``, one of ``targets.BACKENDS``."""
+    return {"xnnpack": ExecuTorchTarget}[backend]()

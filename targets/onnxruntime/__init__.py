@@ -19,6 +19,7 @@ from exporter.spec import (
     Plan,
     Precision,
     Prefer,
+    Report,
     WeightScheme,
 )
 
@@ -32,7 +33,7 @@ MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
 
 class OnnxRuntimeTarget:
     name: ClassVar[str] = "onnxruntime"
-    backends: ClassVar[tuple[str, ...]] = ("cpu",)
+    backend: str = "cpu"
     format: ClassVar[str] = ".onnx with external data, genai_config.json"
 
     def refuse(self, spec: ModelSpec, plan: Plan) -> str | None:
@@ -45,6 +46,15 @@ class OnnxRuntimeTarget:
             one_scale_per_row = len(shape) == 2 and scheme.groups(name, columns=shape[1]) == shape[1]
             if one_scale_per_row and scheme.precision(name).bits and shape[1] % 16:
                 return f"MatMulNBits takes blocks of 16 columns or more, but {name} has {shape[1]} columns"
+        return None
+
+    def missing(self) -> str | None:
+        return None
+
+    def cannot_execute(self) -> str | None:
+        return None
+
+    def audit(self, artifact: Artifact) -> Report | None:
         return None
 
     def arithmetic(self, scheme: WeightScheme, prefer: Prefer = Prefer.QUALITY) -> Arithmetic:
@@ -114,4 +124,6 @@ class OnnxRuntimeTarget:
         return observe(artifact, graph, calls, threads=threads)
 
 
-TARGET: Target = OnnxRuntimeTarget()
+def load(backend: str) -> Target:
+    """What serves ``backend``, one of ``targets.BACKENDS``."""
+    return {"cpu": OnnxRuntimeTarget}[backend]()

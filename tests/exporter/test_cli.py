@@ -423,10 +423,12 @@ def test_inspect_tells_a_checkpoint_by_its_headers(complete_toy: Toy) -> None:
 
 
 @pytest.mark.toolchain
-def test_targets_lists_each_with_what_executes_it() -> None:
+def test_targets_lists_every_backend_with_what_this_host_can_do_for_it() -> None:
     facts = json.loads(run("targets", "--json").stdout)
-    assert [row["target"] for row in facts] == ["executorch", "onnxruntime", "coreml"]
-    assert all(row["usable"] and row["executed_here_by"] for row in facts)
+    assert [targets.label(row["target"], row["backend"]) for row in facts] == list(targets.LABELS)
+    defaults = [row for row in facts if targets.label(row["target"], row["backend"]) in targets.NAMES]
+    assert {row["standing"] for row in defaults} == {"executed here"}
+    assert all(row["writes"] and row["told"] for row in facts)
 
 
 def test_help_and_version_answer() -> None:

@@ -139,7 +139,7 @@ def artifact_of(graph: Graph, plan: Plan, name: str) -> Artifact:
     target = targets.load(name)
     return Artifact(
         target=name,
-        backend=target.backends[0],
+        backend=target.backend,
         path=plan.out / "none",
         spec=graph.spec,
         scheme=plan.scheme,
@@ -325,15 +325,16 @@ class Case:
 
 @pytest.fixture
 def sliced(make_toy: Callable[..., Toy], make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> Case:
-    import targets.executorch as target
+    import targets.executorch as module
 
+    target = targets.load("executorch")
     toy = make_toy(num_hidden_layers=3)
     plan = make_plan(toy.folder, targets=("executorch",))
     graph, store = quantized(toy, plan)
     plan.out.mkdir()
-    artifact = target.TARGET.lower(graph, store, plan, plan.out)
-    monkeypatch.setattr(target, "STRUCTURE_BYTES", 1)
-    assert len(target.TARGET.structure_parts(graph, plan.scheme)) == 4
+    artifact = target.lower(graph, store, plan, plan.out)
+    monkeypatch.setattr(module, "STRUCTURE_BYTES", 1)
+    assert len(target.structure_parts(graph, plan.scheme)) == 4
     return Case(artifact=artifact, graph=graph, store=store, plan=plan)
 
 

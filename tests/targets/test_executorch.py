@@ -45,9 +45,12 @@ from exporter.spec import (
     WeightScheme,
 )
 from exporter.store import StoredWeight, WeightStore
-from targets.executorch import TARGET, border
+from targets import load
+from targets.executorch import border
 from targets.executorch.runner import ProgramRunner
 from tests.conftest import clear_tokens
+
+TARGET = load("executorch")
 
 CONTEXT = 48
 CUTS = (17, 9, 1, 1, 5, 1, 1)

@@ -38,8 +38,10 @@ from exporter.spec import (
 )
 from exporter.store import WeightStore
 from exporter.tokenizer import Tokenizer
-from targets.onnxruntime import TARGET
+from targets import load
 from tests.conftest import Toy, apply_matmulnbits, clear_tokens
+
+TARGET = load("onnxruntime")
 
 pytestmark = pytest.mark.toolchain
 
