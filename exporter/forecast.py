@@ -102,7 +102,7 @@ def foresee(plan: Plan, spec: ModelSpec, device: Device | None) -> list[Forecast
 def _foresee(label: str, plan: Plan, spec: ModelSpec, device: Device | None) -> Forecast:
     target = targets.load(label)
     name, _ = targets.split(label)
-    foreseen = footprint(label, spec, plan.scheme, context=plan.context, prefer=plan.prefer)
+    foreseen = footprint(label, spec, plan.scheme, context=plan.context, prefer=plan.prefer, kv_cache=plan.kv_cache)
     limit, told = (device.limit if device else None) or (None, "")
     once_s, each_s = _LOWER_S[name]
     once_gib, each_gib = _LOWER_BYTES[name]

@@ -53,6 +53,7 @@ class Choices(TypedDict, total=False):
     budget_mb: float
     max_kl: float
     context: int
+    kv_cache: str
     logits: str
     calibration: str
     calibration_column: str
@@ -110,6 +111,7 @@ def plan(
         logits=Logits(_one_of("--logits", choices.get("logits", Logits.LAST), list(Logits))),
         prefer=prefer,
         device=choices.get("device"),
+        kv_cache=_kv_cache(choices.get("kv_cache")),
         out=Path(out),
         store=Path(store) if store else default_store(),
         evaluation_text=Path(text) if text else None,
@@ -166,6 +168,8 @@ def choices_of(plan: Plan) -> Choices:
     }
     if plan.device is not None:
         chosen["device"] = plan.device
+    if plan.kv_cache is not None:
+        chosen["kv_cache"] = plan.kv_cache.value
     if scheme.body.bits:
         chosen |= {
             "head": scheme.head.value,
@@ -240,6 +244,10 @@ def _body(precision: str | None, *, prefer: Prefer) -> Precision:
             f"--prefer decode widens the groups of int4, --precision is {body}", hint="leave one of them out"
         )
     return body
+
+
+def _kv_cache(precision: str | None) -> Precision | None:
+    return None if precision is None else Precision(_one_of("--kv-cache", precision, [Precision.INT8.value]))
 
 
 def _widened(scheme: WeightScheme, *, asked: str | None, spec: ModelSpec) -> WeightScheme:
