@@ -126,4 +126,8 @@ class OnnxRuntimeTarget:
 
 def load(backend: str) -> Target:
     """What serves ``backend``, one of ``targets.BACKENDS``."""
+    if backend in ("webgpu", "wasm"):
+        from targets.onnxruntime.web import WebTarget
+
+        return WebTarget(backend)
     return {"cpu": OnnxRuntimeTarget}[backend]()
