@@ -38,8 +38,10 @@ _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable
 _MAC = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
 _WORKER = Path(__file__).with_name("page") / "worker.js"
 _PAGE = """<!doctype html><title>llama-export</title><script>
-  const tell = (error) => fetch("/next", { method: "POST", body: JSON.stringify({ error }) + "\\n" });
-  new Worker("/worker.js", { type: "module" }).onerror = (event) => tell(`the worker: ${event.message}`);
+  const worker = new Worker("/worker.js", { type: "module" });
+  worker.onerror = async ({ message }) => {
+    await fetch("/next", { method: "POST", body: `${JSON.stringify({ error: `the worker: ${message}` })}\\n` });
+  };
 </script>"""
 
 _FLAGS = (
@@ -47,6 +49,7 @@ _FLAGS = (
     "--no-first-run",
     "--no-default-browser-check",
     "--disable-background-networking",
+    "--disable-renderer-backgrounding",
     "--disable-component-update",
     "--disable-extensions",
     "--disable-sync",
@@ -133,6 +136,13 @@ class Chromium:
             stderr=self._log,
             start_new_session=True,  # so that its children can be ended with it
         )
+        # It ends the browser at the end of its input: where this process is killed, and nobody calls close.
+        self._watcher = subprocess.Popen(
+            ["/bin/sh", "-c", f"read _; kill -s TERM -- -{self._process.pid} 2>/dev/null"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     @property
     def url(self) -> str:
@@ -164,8 +174,12 @@ class Chromium:
 
     def close(self) -> None:
         self._requests.put(None)
-        if self._process.poll() is None:
-            _end(self._process)
+        self._watcher.communicate()  # it sees the end of its input
+        try:
+            self._process.wait(timeout=_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
         self._server.shutdown()
         self._server.server_close()
         self._log.close()
@@ -183,19 +197,6 @@ class Chromium:
         self._log.seek(0)
         lines = [line for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
         return lines[-1].strip() if lines else "it said nothing"
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """The browser and its children, which are a group of their own."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(timeout=_END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            process.wait()
-        return
 
 
 class _Server(ThreadingHTTPServer):
