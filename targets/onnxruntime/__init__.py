@@ -130,4 +130,8 @@ def load(backend: str) -> Target:
         from targets.onnxruntime.web import WebTarget
 
         return WebTarget(backend)
+    if backend in ("coreml", "nnapi", "xnnpack"):
+        from targets.onnxruntime.providers import ProviderTarget
+
+        return ProviderTarget(backend)
     return {"cpu": OnnxRuntimeTarget}[backend]()
