@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "executorch": ("xnnpack",),
-    "onnxruntime": ("cpu",),
+    "onnxruntime": ("cpu", "webgpu", "wasm", "coreml", "nnapi", "xnnpack"),
     "coreml": ("gpu",),
 }
 """What executes inside each target; the first is the default."""

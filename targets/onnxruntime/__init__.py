@@ -126,4 +126,12 @@ class OnnxRuntimeTarget:
 
 def load(backend: str) -> Target:
     """What serves ``backend``, one of ``targets.BACKENDS``."""
+    if backend in ("webgpu", "wasm"):
+        from targets.onnxruntime.web import WebTarget
+
+        return WebTarget(backend)
+    if backend in ("coreml", "nnapi", "xnnpack"):
+        from targets.onnxruntime.providers import ProviderTarget
+
+        return ProviderTarget(backend)
     return {"cpu": OnnxRuntimeTarget}[backend]()

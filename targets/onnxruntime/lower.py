@@ -11,7 +11,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -40,10 +40,12 @@ int8 on x86 (measured with 1.31)."""
 _WRITE_AHEAD_BYTES = 128 << 20
 
 
-def lower(graph: Graph, store: WeightStore, plan: Plan, *, path: Path, data_name: str) -> None:
+def lower(
+    graph: Graph, store: WeightStore, plan: Plan, *, path: Path, data_name: str, emitter: type[Emitter] | None = None
+) -> None:
     """Write ``path`` and, beside it, its weights in the file ``data_name``. Raises LoweringError or OSError."""
     try:
-        model = Emitter(graph, store, plan).build()
+        model = (emitter or Emitter)(graph, store, plan).build()
         ir.save(model, path, external_data=data_name, max_workers=1, max_in_flight_bytes=_WRITE_AHEAD_BYTES)
     except ExportError:
         raise
@@ -61,6 +63,9 @@ def lower(graph: Graph, store: WeightStore, plan: Plan, *, path: Path, data_name
 
 class Emitter:
     """Collects nodes and initializers while the graph is walked; a value is an ``ir.Value`` all the way."""
+
+    accuracy_level: ClassVar[int] = 4
+    """How MatMulNBits is asked to multiply: 4 allows activations in int8, 0 asks for floats."""
 
     def __init__(self, graph: Graph, store: WeightStore, plan: Plan) -> None:
         self._graph = graph
@@ -168,7 +173,7 @@ class Emitter:
         """Of weights that are multiplied at once, all that the first gives, and nothing of the others."""
         rows, columns = weight.shape
         if not self._store.scheme.precision(weight.name).bits:
-            return self._op("FusedMatMul", x, self._to_float(self._dense(weight)), domain=MICROSOFT, transB=1)
+            return self._product(x, self._to_float(self._dense(weight)))
         if self._multiplies_integers(weight):
             return self._integer_product(x, weight)
         at_once = self._packed.get(weight.name, (weight,))
@@ -180,8 +185,13 @@ class Emitter:
             "MatMulNBits",
             *(x, codes, scales),
             domain=MICROSOFT,
-            **{"N": rows, "K": columns, "bits": bits, "block_size": block, "accuracy_level": 4},
+            **{"N": rows, "K": columns, "bits": bits, "block_size": block, "accuracy_level": self.accuracy_level},
         )
+
+    def _product(self, x: ir.Value, weight: ir.Value) -> ir.Value:
+        """``x`` ``[B, T, K]`` times a weight ``[N, K]`` of floats."""
+        product: ir.Value = self._op("FusedMatMul", x, weight, domain=MICROSOFT, transB=1)
+        return product
 
     def _integer_product(self, x: ir.Value, weight: Weight) -> ir.Value:
         rows, columns = weight.shape

@@ -25,7 +25,7 @@ from targets.onnxruntime.runner import without_activation_rounding
 if TYPE_CHECKING:
     import onnx
 
-_LINEARS = ("MatMulNBits", "FusedMatMul", "MatMulIntegerToFloat")
+_LINEARS = ("MatMulNBits", "FusedMatMul", "MatMul", "MatMulIntegerToFloat")
 _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 
 
@@ -73,7 +73,7 @@ class Taps:
         for node in self._nodes:
             if node.op_type not in _LINEARS:
                 continue
-            for name in map(self._before_cast, node.input):
+            for name in map(self._as_stored, node.input):
                 names = name.removesuffix(".codes").split(JOINT)
                 stored = self._graph.spec.stored_name(weight.name)
                 if stored not in names or name not in self._weights:
@@ -85,9 +85,11 @@ class Taps:
                 return output, slice(start, start + weight.shape[0])
         return None
 
-    def _before_cast(self, name: str) -> str:
-        casts = (n.input[0] for n in self._nodes if n.op_type == "Cast" and n.output[0] == name)
-        return name if name in self._weights else next(casts, name)
+    def _as_stored(self, name: str) -> str:
+        """The weight that ``name`` is a cast or the transpose of; ``name`` where there is none."""
+        changes = (n.input[0] for n in self._nodes if n.op_type in ("Cast", "Transpose") and n.output[0] == name)
+        before = None if name in self._weights else next(changes, None)
+        return self._as_stored(before) if before is not None else name
 
     def _attention(self, node: Node) -> list[tuple[str, slice] | None]:
         past = f"past_key_values.{node.layer}.key"
