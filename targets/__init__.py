@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "executorch": ("xnnpack",),
-    "onnxruntime": ("cpu", "webgpu", "wasm", "coreml", "nnapi", "xnnpack"),
-    "coreml": ("gpu",),
+    "onnxruntime": ("cpu", "qnn", "webgpu", "wasm", "coreml", "nnapi", "xnnpack"),
+    "coreml": ("gpu", "ane"),
 }
 """What executes inside each target; the first is the default."""
 
