@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "executorch": ("xnnpack",),
-    "onnxruntime": ("cpu",),
+    "onnxruntime": ("cpu", "qnn"),
     "coreml": ("gpu",),
 }
 """What executes inside each target; the first is the default."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -126,4 +126,7 @@ class OnnxRuntimeTarget:
 
 def load(backend: str) -> Target:
     """What serves ``backend``, one of ``targets.BACKENDS``."""
-    return {"cpu": OnnxRuntimeTarget}[backend]()
+    from targets.onnxruntime.qnn import QnnTarget
+
+    served: dict[str, Callable[[], Target]] = {"cpu": OnnxRuntimeTarget, "qnn": QnnTarget}
+    return served[backend]()
