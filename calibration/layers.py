@@ -20,13 +20,14 @@ from calibration.anatomy import Group, Layer, dissect
 from calibration.awq import awq_factors
 from calibration.gptq import SWEEPS, factor, gptq
 from calibration.ledger import Ledger
-from calibration.ranges import RangeObserver, ranges_to_json
+from calibration.ranges import Range, RangeObserver, ranges_to_json
 from calibration.rtn import round_to_nearest, row_blocks
 from calibration.smooth import smooth_factors
 from exporter.checkpoint import Checkpoint
 from exporter.errors import InputError
 from exporter.model.eager import eager_table
 from exporter.model.graph import Graph, Observer, Value, Weight
+from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.quantized import QuantizedTensor
 from exporter.spec import EMBEDDING, Method, Progress, Recipe, WeightScheme
 from exporter.store import StoreKey, TensorError, WeightStore
@@ -49,6 +50,9 @@ RESIDENT_BYTES = 512 << 20
 
 FOLD_TOKENS = 4096
 """Tokens that fold factors are chosen on: a grid of few candidates needs no more."""
+
+ENDS_TOKENS = 2048
+"""Tokens that the ranges of last norm and logits are taken over."""
 
 _FEWEST = 4
 """GPTQ wants at least K / 4 tokens for K columns; a linear that sees fewer, such as an expert that is seldom chosen, is
@@ -113,7 +117,7 @@ def quantize(
     parts = [layer for layer in (*range(checkpoint.spec.num_hidden_layers), None) if store.quantized_names(layer)]
     missing = [layer for layer in parts if not store.part_file(layer).exists()]
     layers = range(checkpoint.spec.num_hidden_layers)
-    if calibration and (missing or not all(store.ranges_file(layer).exists() for layer in layers)):
+    if calibration and (missing or not all(store.ranges_file(part).exists() for part in (*layers, None))):
         if not store.windows_file.exists():
             store.write_windows(calibration.text.windows())
         _calibrate(store, calibration, ledger=ledger, progress=progress)
@@ -154,6 +158,34 @@ def _calibrate(store: WeightStore, calibration: Calibration, *, ledger: Ledger, 
             with ledger.stage("forward", flops=2 * _flops(layer, [layer.output], windows.numel())):
                 streams.advance(layer, store, observe=observer.on_node)
             store.write_ranges(index, ranges_to_json(observer.ranges()))
+        with ledger.stage("forward"):
+            store.write_ranges(None, ranges_to_json(_ranges_of_ends(calibration.graph, streams)))
+
+
+def _ranges_of_ends(graph: Graph, streams: _Streams) -> dict[str, Range]:
+    """Of the last norm and of the logits, over the first ``ENDS_TOKENS``: a head of 128,256 rows takes as long for each
+    token as several layers. Both weights are the checkpoint's, since the ends are rounded after all layers."""
+    head = graph.head
+    (norm,) = (node for node in graph.nodes if Value(node.name) == head.arguments[0])
+    (hidden,) = (value for value in norm.arguments if isinstance(value, Value))
+    reference = Reference(graph, _Original(streams.store.checkpoint), FULL_PRECISION, keep_bytes=0)
+    observer = RangeObserver()
+    count, length, _ = streams.lossy.shape
+    for window in streams.lossy[: min(count, math.ceil(ENDS_TOKENS / length))]:
+        (normed,) = reference.compute(norm, {hidden: window.unsqueeze(0)})
+        observer.observe(norm.name, normed)
+        observer.observe(head.name, reference.head(normed))
+    return observer.ranges()
+
+
+@dataclass(frozen=True, slots=True)
+class _Original:
+    """The weights of a checkpoint as they are, by name."""
+
+    checkpoint: Checkpoint
+
+    def __getitem__(self, name: str, /) -> Tensor:
+        return self.checkpoint.read(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

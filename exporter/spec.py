@@ -223,6 +223,9 @@ class Activations(StrEnum):
     """Symmetric int8 with one scale for each block of each token (MatMulNBits at accuracy_level 4)."""
     INT8_SYMMETRIC_PER_TOKEN = "int8-symmetric-per-token"
     """Symmetric int8 with one scale for each token (what the ONNX lowering puts in front of an integer MatMul)."""
+    STATIC_UINT16 = "static-uint16"
+    """uint16 with one scale and zero point for all tokens, from the ranges that calibration saw, on the input of each
+    quantized linear and on its output too (``exporter.model.static``; Hexagon's integer products)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -141,11 +141,12 @@ class WeightStore:
         with self._open(self.windows_file) as file:
             return file.get_tensor("ids")
 
-    def ranges_file(self, layer: int) -> Path:
-        return self.folder / f"ranges-{layer:03d}.json"
+    def ranges_file(self, layer: int | None) -> Path:
+        return self.folder / ("ranges-ends.json" if layer is None else f"ranges-{layer:03d}.json")
 
-    def write_ranges(self, layer: int, ranges: Mapping[str, Any]) -> None:
-        """The ranges of the activations on each edge of a layer (``calibration.ranges``)."""
+    def write_ranges(self, layer: int | None, ranges: Mapping[str, Any]) -> None:
+        """The ranges of the activations on each edge of a layer (``calibration.ranges``); None: of last norm and
+        head."""
         with written_whole(self.ranges_file(layer)) as path:
             path.write_text(json.dumps(ranges, indent=1) + "\n", encoding="utf-8")
 

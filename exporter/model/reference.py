@@ -17,9 +17,10 @@ from torch import Tensor
 from exporter.model.eager import eager_table
 from exporter.model.graph import Constant, Graph, Node, Table, Value, Weight, walk
 from exporter.model.ops import attend
+from exporter.model.static import LinearSteps, linear_steps
 from exporter.quantized import QuantizedTensor
 from exporter.spec import SMALLEST_ABSMAX, Activations, Arithmetic, activation_block
-from exporter.store import StoredWeight
+from exporter.store import StoredWeight, WeightStore
 
 FULL_PRECISION = Arithmetic(activations=Activations.FLOAT, compute_dtype="fp32", kv_dtype="fp32")
 """float32 throughout: with a float32 store, the model itself."""
@@ -47,6 +48,9 @@ class Reference:
 
     ``noise`` multiplies each output of a linear by 1 + noise * N(0, 1): how far the reference moves under it is the
     floor under which no artifact can be expected to agree (a flipped rounding of an activation is amplified).
+
+    Under ``Activations.STATIC_UINT16`` the weights must come from a store, which has the ranges. Raises InputError
+    where it has none.
     """
 
     def __init__(
@@ -66,6 +70,10 @@ class Reference:
         self._kept: dict[str, _Matrix] = {}
         self._kept_bytes = 0
         self._keep_bytes = keep_bytes
+        self._steps: dict[str, LinearSteps] = {}
+        if arithmetic.activations is Activations.STATIC_UINT16:
+            assert isinstance(weights, WeightStore)  # see above
+            self._steps = linear_steps(graph, weights.read_ranges())
         self._caches = self._empty_caches(1)
         table: Table = {**eager_table(self._vector, linear=self._linear), "embedding": self._embedding}
         self._table = {**table, "attention": _attention_over_int8} if arithmetic.kv_dtype == "int8" else table
@@ -173,14 +181,17 @@ class Reference:
 
     def _linear(self, x: Tensor, weight: Weight) -> Tensor:
         matrix = self._matrix(weight)
-        if matrix.group_size:
+        steps = self._steps.get(weight.name) if matrix.group_size else None
+        if steps:
+            x = steps.before.round(x)
+        elif matrix.group_size:
             x = round_activations(x, self._arithmetic.rounding(weight.name), group_size=matrix.group_size)
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
         for block in matrix.blocks(weight.shape):
             y[..., block] = F.linear(x, matrix.rows(block))
         if self._noise:
             y = y * (1 + self._noise * torch.randn(y.shape, generator=self._generator))
-        return y
+        return steps.after.round(y) if steps else y
 
     def _vector(self, weight: Weight) -> Tensor:
         return self._matrix(weight).rows(slice(None))
@@ -242,6 +253,8 @@ def round_activations(x: Tensor, activations: Activations, *, group_size: int) -
             return _int8_per_block(x, activation_block(columns=x.shape[-1], group_size=group_size))
         case Activations.INT8_SYMMETRIC_PER_TOKEN:
             return _int8_symmetric_per_token(x)
+        case Activations.STATIC_UINT16:
+            raise ValueError("static steps belong to a linear, not to its input alone: see exporter.model.static")
 
 
 def _int8_per_token(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -126,6 +126,10 @@ class OnnxRuntimeTarget:
 
 def load(backend: str) -> Target:
     """What serves ``backend``, one of ``targets.BACKENDS``."""
+    if backend == "qnn":
+        from targets.onnxruntime.qnn import QnnTarget
+
+        return QnnTarget()
     if backend in ("webgpu", "wasm"):
         from targets.onnxruntime.web import WebTarget
 

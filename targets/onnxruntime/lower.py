@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,16 +38,23 @@ _MIDDLE = np.uint8(128)
 """Where int8 activations have their zero. They are uint8, since ONNX Runtime takes some 40 times as long for int8 by
 int8 on x86 (measured with 1.31)."""
 
-_WRITE_AHEAD_BYTES = 128 << 20
+WRITE_AHEAD_BYTES = 128 << 20
 
 
 def lower(
     graph: Graph, store: WeightStore, plan: Plan, *, path: Path, data_name: str, emitter: type[Emitter] | None = None
 ) -> None:
     """Write ``path`` and, beside it, its weights in the file ``data_name``. Raises LoweringError or OSError."""
-    try:
+    with mapped_errors(path, data_name=data_name):
         model = (emitter or Emitter)(graph, store, plan).build()
-        ir.save(model, path, external_data=data_name, max_workers=1, max_in_flight_bytes=_WRITE_AHEAD_BYTES)
+        ir.save(model, path, external_data=data_name, max_workers=1, max_in_flight_bytes=WRITE_AHEAD_BYTES)
+
+
+@contextmanager
+def mapped_errors(path: Path, *, data_name: str) -> Iterator[None]:
+    """Around the writing of ``path`` with its weights in ``data_name``: what fails is a LoweringError or an OSError."""
+    try:
+        yield
     except ExportError:
         raise
     except OSError as error:

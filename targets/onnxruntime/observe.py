@@ -6,7 +6,7 @@ cache it was written to, or the values it was made from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from exporter.model.graph import Graph, Node, Value, Weight
 from exporter.model.reference import FULL_PRECISION
 from exporter.spec import Artifact
 from targets.base import Observation
+from targets.onnxruntime.fixed_runner import FixedCalls, in_float32, open_on_cpu
 from targets.onnxruntime.read import JOINT
 from targets.onnxruntime.runner import without_activation_rounding
 
@@ -142,19 +143,52 @@ def observe(artifact: Artifact, graph: Graph, calls: Sequence[Sequence[int]], *,
     return Observation(arithmetic=FULL_PRECISION, calls=seen)
 
 
-def _open(path: Path, names: Sequence[str], *, threads: int) -> ort.InferenceSession:
-    """A session of the file that gives the values called ``names`` as well as its outputs."""
+def observe_fixed(
+    paths: Mapping[int, Path], graph: Graph, calls: Sequence[Sequence[int]], *, threads: int
+) -> Observation:
+    """What every node gives first, in graphs of fixed length by their length, in float32 throughout: there, a value has
+    its node's name. Raises LoweringError."""
+    names = {node.name: "logits" if node is graph.head else node.name for node in graph.nodes}
+    sessions = {
+        length: open_on_cpu(_with_outputs(in_float32(path), names.values()), path.parent, threads=threads)
+        for length, path in paths.items()
+    }
+    fixed, seen, position = FixedCalls(sessions), [], 0
+    for ids in calls:
+        try:
+            steps = list(fixed.steps(ids, position=position))
+        except Exception as error:  # onnxruntime has a class for each status code, without a common base
+            raise LoweringError(f"ONNX Runtime failed while running: {error}", hint="export the model again") from error
+        position += len(ids)
+        values = {}
+        for node, name in names.items():
+            parts = [torch.from_numpy(step[name]) for step in steps]
+            # Of what is computed for the last token alone, that of the last call is meant.
+            each_token = sum(part.shape[1] for part in parts) == len(ids)
+            values[Value(node)] = torch.cat(parts, dim=1) if each_token else parts[-1]
+        seen.append(values)
+    return Observation(arithmetic=FULL_PRECISION, calls=seen)
+
+
+def _with_outputs(model: bytes, names: Iterable[str]) -> bytes:
+    """A serialized graph that gives the values called ``names`` as well."""
     import onnx
     from onnx.helper import make_empty_tensor_value_info
 
-    model = onnx.load_from_string(without_activation_rounding(path))
-    outputs = {output.name for output in model.graph.output}
-    model.graph.output.extend(make_empty_tensor_value_info(name) for name in names if name not in outputs)
+    opened = onnx.load_from_string(model)
+    outputs = {output.name for output in opened.graph.output}
+    opened.graph.output.extend(make_empty_tensor_value_info(name) for name in names if name not in outputs)
+    return opened.SerializeToString()
+
+
+def _open(path: Path, names: Sequence[str], *, threads: int) -> ort.InferenceSession:
+    """A session of the file that gives the values called ``names`` as well as its outputs."""
+    model = _with_outputs(without_activation_rounding(path), names)
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # see above
         raise LoweringError(
             f"ONNX Runtime cannot show the values of {path.name}: {error}", hint="export the model again"

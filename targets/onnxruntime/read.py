@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -14,7 +15,9 @@ from exporter.quantized import QuantizedTensor, unpack_int4
 from exporter.spec import Artifact
 from exporter.store import StoredWeight
 
-_CODES, _SCALES = ".codes", ".scales"
+CODES, SCALES = ".codes", ".scales"
+ROWS, ROW_SCALES = ".rows", ".row_scales"
+"""Of an embedding in a graph of fixed length."""
 JOINT = "+"
 """Between the names of weights that lie one below the other."""
 
@@ -24,9 +27,9 @@ def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
     multiplied as integers, by rows."""
     tensors, shapes = _initializers(artifact.path), artifact.spec.weights()
     for name in tensors:
-        base = name.removesuffix(_CODES)
+        base = name.removesuffix(CODES)
         if base != name:
-            codes, scales = _torch(tensors[name]), _torch(tensors[base + _SCALES])
+            codes, scales = _torch(tensors[name]), _torch(tensors[base + SCALES])
             if codes.dtype == torch.int8:  # [K, N] and [N]
                 scales = scales.unsqueeze(1)
                 yield base, QuantizedTensor(name=base, bits=8, group_size=len(codes), codes=codes.T, scales=scales)
@@ -37,8 +40,32 @@ def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
                     raise ValueError(f"{base} has {len(codes)} rows of codes and {len(scales)} of scales, not {rows}")
                 for one, some, their_scales in zip(names, codes.split(rows), scales.split(rows), strict=True):
                     yield one, _quantized(one, codes=some, scales=their_scales, columns=shapes[one][1])
-        elif not name.endswith(_SCALES) and not name.startswith(("constant.", "inv_freq.")):
+        elif not name.endswith(SCALES) and not name.startswith(("constant.", "inv_freq.")):
             yield name, _torch(tensors[name])
+
+
+def read_fixed_weights(paths: Iterable[Path]) -> Iterator[tuple[str, StoredWeight]]:
+    """Of graphs of fixed length (``fixed.FixedEmitter``); what lies in one place of one file comes once."""
+    seen: set[tuple[Any, ...]] = set()
+    for path in paths:
+        tensors = _initializers(path)
+        for name, tensor in tensors.items():
+            place = (tensor.location, tensor.offset) if isinstance(tensor, ir.ExternalTensor) else (path, name)
+            if place in seen or name.startswith(("constant.", "inv_freq.")) or name.endswith((SCALES, ROW_SCALES)):
+                continue
+            seen.add(place)
+            if name.endswith(ROWS):  # uint8 [V, H] and [V, 1]
+                base = name.removesuffix(ROWS)
+                yield base, _by_row(base, (_torch(tensor) ^ 0x80).view(torch.int8), _torch(tensors[base + ROW_SCALES]))
+            elif name.endswith(CODES):  # int8 [K, N] and [N]
+                base = name.removesuffix(CODES)
+                yield base, _by_row(base, _torch(tensor).T, _torch(tensors[base + SCALES]).unsqueeze(1))
+            else:
+                yield name, _torch(tensor)
+
+
+def _by_row(name: str, codes: Tensor, scales: Tensor) -> QuantizedTensor:
+    return QuantizedTensor(name=name, bits=8, group_size=codes.shape[1], codes=codes, scales=scales.float())
 
 
 def _initializers(path: Path) -> dict[str, ir.TensorProtocol]:
