@@ -25,13 +25,17 @@ LAYERS = (
     ("calibration",),
     ("targets",),
     ("exporter.codes", "exporter.parity", "exporter.quality", "exporter.latency", "exporter.bundle", "exporter.prove"),
-    ("exporter.bisect", "exporter.limits", "exporter.compare"),
+    ("exporter.bisect", "exporter.limits", "exporter.compare", "exporter.sliding"),
     (
         *("exporter.pipeline", "exporter.planning", "exporter.recipe", "exporter.texts", "exporter.progress"),
         *("exporter.report", "exporter.checks", "exporter.junit", "exporter.markdown", "exporter.html"),
         *("exporter.generation", "exporter.measure", "exporter.packing", "exporter.device"),
+        *("exporter.devices", "exporter.forecast", "exporter.report_devices", "exporter.terminal"),
     ),
-    ("exporter.cli", "exporter.cli_bundle", "exporter.library", "exporter.reporting", "exporter.optimum_command"),
+    (
+        *("exporter.cli", "exporter.cli_bundle", "exporter.cli_options", "exporter.cli_devices"),
+        *("exporter.library", "exporter.reporting", "exporter.optimum_command"),
+    ),
     ("exporter.__main__",),
 )
 """From the bottom up. A module may import from its own layer and from those below it."""
