@@ -20,6 +20,8 @@ from exporter.spec import Artifact
 from targets.base import check_feed, check_rewind
 from targets.onnxruntime.fixed import MASKED, NEW, PAST
 
+ort.set_default_logger_severity(3)  # as in targets.onnxruntime.runner
+
 
 @dataclass(slots=True)
 class FixedCalls:
@@ -182,6 +184,8 @@ def open_on_cpu(model: bytes, folder: Path, *, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    # Else it makes MatMulNBits of codes that are dequantized and multiplied, which rounds the activations to int8.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # see above
@@ -216,8 +220,11 @@ def in_float32(path: Path) -> bytes:
     for value in (*graph.input, *graph.output):
         if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
-    del graph.node[:], graph.value_info[:]
+    read = {name for node in nodes for name in node.input}
+    initializers = [initializer for initializer in graph.initializer if initializer.name in read]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
     graph.node.extend(nodes)
+    graph.initializer.extend(initializers)
     return model.SerializeToString()
 
 

@@ -1,8 +1,8 @@
 """Qualcomm's Hexagon by ONNX Runtime's QNN provider: two graphs of fixed length, compiled to binaries for one chip.
 
-``prefill.onnx`` takes 64 tokens at a time and ``decode.onnx`` one; each is a single EPContext node that names the
-binary beside it. ``source/`` holds what they were compiled from: the codes verdict reads it, and an app compiles
-it for another chip. Qualcomm's emulator executes the binaries on Linux x86-64.
+``model.prefill.onnx`` takes 64 tokens at a time and ``model.decode.onnx`` one; each is a single EPContext node that
+names the binary beside it. ``source/`` holds what they were compiled from: the codes verdict reads it, and an app
+compiles it for another chip. Qualcomm's emulator executes the binaries on Linux x86-64.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from exporter.checkpoint.config import read_json
 from exporter.errors import LoweringError, UsageError
 from exporter.spec import (
     EMBEDDING,
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
     from exporter.store import StoredWeight, WeightStore
     from targets.base import Observation, Runner, Target
 
-PREFILL, DECODE, SOURCE, WEIGHTS, CHIP = "prefill.onnx", "decode.onnx", "source", "weights.data", "qnn.json"
+PREFILL, DECODE = "model.prefill.onnx", "model.decode.onnx"
+SOURCE, WEIGHTS, CHIP = "source", "weights.data", "qnn.json"
 PREFILL_LENGTH = 64
 """Tokens of a prompt that are read at a time."""
 
@@ -44,6 +47,7 @@ SLOW_PARAMETERS = 20_000_000
 """The emulator computes a token of a model of so many in about a second."""
 
 _PACKAGE = "onnxruntime_qnn"
+_DEVICES = Path(__file__).parents[1] / "devices.toml"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +63,26 @@ class QnnChip:
         """As the provider wants them."""
         return {"htp_arch": str(self.htp_arch), "soc_model": str(self.soc_model)}
 
+    @classmethod
+    def of_device(cls, slug: str | None) -> QnnChip:
+        """Of a device of ``targets/devices.toml``; a Snapdragon 8 Gen 3 where none is named. Raises UsageError for one
+        that has no Hexagon."""
+        if slug is None:
+            return SNAPDRAGON_8_GEN_3
+        device = tomllib.loads(_DEVICES.read_text(encoding="utf-8"))[slug]
+        if "htp_arch" not in device or "soc_model" not in device:
+            raise UsageError(
+                f"{device['name']} has no Hexagon that QNN knows: its chip is {device['chip']}",
+                hint="leave the backend out: --device chooses one that the device has",
+            )
+        return cls(htp_arch=device["htp_arch"], soc_model=device["soc_model"])
+
+    @classmethod
+    def of_bundle(cls, folder: Path) -> QnnChip:
+        """What the binaries in ``folder`` were compiled for. Raises InputError."""
+        described = read_json(folder / CHIP)
+        return cls(htp_arch=described["htp_arch"], soc_model=described["soc_model"])
+
 
 SNAPDRAGON_8_GEN_3 = QnnChip(htp_arch=75, soc_model=57)
 """SM8650: both numbers as in ExecuTorch's table of Qualcomm's chips (backends/qualcomm/serialization/qc_schema.py)."""
@@ -68,7 +92,6 @@ class QnnTarget:
     name: ClassVar[str] = "onnxruntime"
     backend: str = "qnn"
     format: ClassVar[str] = ".onnx with an EPContext binary for Hexagon, and its source"
-    chip: QnnChip = SNAPDRAGON_8_GEN_3
 
     def missing(self) -> str | None:
         if importlib.util.find_spec(_PACKAGE):
@@ -116,7 +139,7 @@ class QnnTarget:
         from targets.onnxruntime.fixed import write_fixed
 
         source = out / SOURCE
-        source.mkdir()
+        source.mkdir(exist_ok=True)
         static = self.arithmetic(store.scheme).activations is Activations.STATIC_UINT16
         write_fixed(
             graph,
@@ -127,23 +150,8 @@ class QnnTarget:
             paths={length: source / name for length, name in _names(plan.context).items()},
             data_name=WEIGHTS,
         )
-        self._compile(out, context=plan.context)
+        compile_for(QnnChip.of_device(plan.device), out, context=plan.context)
         return make_artifact(self, spec=graph.spec, plan=plan, path=out / DECODE)
-
-    def _compile(self, out: Path, *, context: int) -> None:
-        """Raises LoweringError where the provider does not take every node."""
-        import tempfile
-
-        from targets.onnxruntime.qnn_process import compile_graphs
-
-        names = _names(context)
-        with tempfile.TemporaryDirectory(prefix="llama-export-") as scratch:
-            graphs = {out / SOURCE / name: out / name for name in names.values()}
-            compile_graphs(graphs, self.chip.options(), folder=Path(scratch))
-        for name in names.values():
-            check_compiled(out / name)
-        described = {"htp_arch": self.chip.htp_arch, "soc_model": self.chip.soc_model, "prefill_length": max(names)}
-        (out / CHIP).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
     def find(self, bundle: Path) -> Path:
         return bundle / DECODE
@@ -157,8 +165,7 @@ class QnnTarget:
     def runtime(self) -> str:
         from importlib.metadata import version
 
-        chip = f"Hexagon v{self.chip.htp_arch}"
-        return f"onnxruntime {version('onnxruntime')}, onnxruntime-qnn {version('onnxruntime-qnn')}, {chip} emulated"
+        return f"Hexagon emulated by onnxruntime-qnn {version('onnxruntime-qnn')}, onnxruntime {version('onnxruntime')}"
 
     def open(self, artifact: Artifact, *, threads: int) -> AbstractContextManager[Runner]:
         from targets.onnxruntime.fixed_runner import FixedRunner
@@ -166,7 +173,7 @@ class QnnTarget:
 
         folder = artifact.path.parent
         graphs = {length: folder / name for length, name in _names(artifact.context).items()}
-        return FixedRunner(artifact, QnnCalls(graphs, self.chip.options()))
+        return FixedRunner(artifact, QnnCalls(graphs, QnnChip.of_bundle(folder).options()))
 
     def on(self, compute_units: str) -> Target:
         raise UsageError(f"--compute-units {compute_units}: Hexagon is emulated here", hint="leave it out")
@@ -196,6 +203,21 @@ class QnnTarget:
         source = artifact.path.parent / SOURCE
         paths = {length: source / name for length, name in _names(artifact.context).items()}
         return observe_fixed(paths, graph, calls, threads=threads)
+
+
+def compile_for(chip: QnnChip, out: Path, *, context: int) -> None:
+    """Compile what lies in ``out``'s source folder. Raises LoweringError where the provider does not take every node,
+    and CapacityError where memory is too small."""
+    from targets.onnxruntime.qnn_process import compile_graphs
+
+    names = _names(context)
+    for left_over in out.glob("model.*"):  # the provider writes over nothing
+        left_over.unlink()
+    compile_graphs(out, {f"{SOURCE}/{name}": name for name in names.values()}, chip.options())
+    for name in names.values():
+        check_compiled(out / name)
+    described = {"htp_arch": chip.htp_arch, "soc_model": chip.soc_model, "prefill_length": max(names)}
+    (out / CHIP).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def check_compiled(path: Path) -> None:

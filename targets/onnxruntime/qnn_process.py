@@ -25,14 +25,18 @@ _FAULT = re.compile(r"(?:\[E:onnxruntime|Exception|Error\b|FAIL)")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def compile_graphs(graphs: Mapping[Path, Path], options: Mapping[str, str], *, folder: Path) -> None:
-    """Compile each graph to the file that it is mapped to; ``folder`` is for the request. Raises LoweringError, or
-    CapacityError where the system ended the compiler."""
-    request = _write(folder, {"graphs": [[str(a), str(b)] for a, b in graphs.items()], "options": dict(options)})
-    with tempfile.TemporaryFile() as log:
-        done = subprocess.run(_command("compile", str(request)), env=_environment(), check=False, **_to(log))
+def compile_graphs(folder: Path, graphs: Mapping[str, str], options: Mapping[str, str]) -> None:
+    """Compile each graph, a path below ``folder``, to the file there that it is mapped to, with a binary beside it.
+
+    Raises LoweringError, or CapacityError where the system ended the compiler.
+    """
+    # Paths are told as they are seen from the folder: what is compiled is named after a digest of the path.
+    request = {"graphs": list(graphs.items()), "options": dict(options)}
+    with tempfile.TemporaryDirectory(prefix="llama-export-") as scratch, tempfile.TemporaryFile() as log:
+        command = _command("compile", str(_write(Path(scratch), request)))
+        done = subprocess.run(command, cwd=folder, env=_environment(), check=False, **_to(log))
         if done.returncode:
-            raise _error(done.returncode, log, verb="compile", name=", ".join(path.name for path in graphs))
+            raise _error(done.returncode, log, verb="compile", name=", ".join(graphs))
 
 
 class QnnCalls(Calls):
@@ -103,7 +107,7 @@ def _command(*arguments: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(path).resolve()) for path in sys.path)}
 
 
 def _to(log: IO[bytes]) -> dict[str, Any]:

@@ -534,7 +534,7 @@ def test_two_runs_give_the_same_bytes(
     assert contents(again.folder) == contents(whole(method).folder)
     assert set(contents(again.folder)) == {
         *("windows.safetensors", "layer-000.safetensors", "layer-001.safetensors", "ends.safetensors"),
-        *("ranges-000.json", "ranges-001.json", "store.json"),
+        *("ranges-000.json", "ranges-001.json", "ranges-ends.json", "store.json"),
     }
 
 
@@ -776,10 +776,10 @@ def test_ranges_are_those_of_the_model_as_it_is_stored(
     flows = Flows.of(graph, decoded, WINDOWS).inputs
     ranges = store.read_ranges()
     assert list(dict.fromkeys(name.split(".")[0] for name in ranges)) == [
-        node.name for node in graph.nodes if node.layer is not None
+        node.name for node in graph.nodes if node.op != "embedding"
     ]
     for node in graph.nodes:
-        if node.layer is None or node.op != "linear":
+        if node.op != "linear":
             continue
         source, weight = node.arguments
         assert isinstance(weight, Weight)
@@ -787,6 +787,21 @@ def test_ranges_are_those_of_the_model_as_it_is_stored(
         assert found["count"] == x.numel()
         assert found["lowest"] == pytest.approx(x.min().item(), rel=1e-4)
         assert found["highest"] == pytest.approx(x.max().item(), rel=1e-4)
+    source, weight = graph.head.arguments
+    assert isinstance(weight, Weight)
+    logits = flows[weight.name].double() @ checkpoint.read(weight.name).double().T
+    assert ranges[graph.head.name]["count"] == logits.numel()
+    assert ranges[graph.head.name]["highest"] == pytest.approx(logits.max().item(), rel=1e-4)
+
+
+def test_a_store_of_before_the_ends_had_ranges_gets_them_and_keeps_its_codes(
+    checkpoint: Checkpoint, graph: Graph, whole: Callable[..., WeightStore], tmp_path: Path
+) -> None:
+    store, _ = quantize(checkpoint, INT4, root=tmp_path, calibration=calibration(graph, Method.AWQ_GPTQ))
+    store.ranges_file(None).unlink()
+    again, made = quantize(checkpoint, INT4, root=tmp_path, calibration=calibration(graph, Method.AWQ_GPTQ))
+    assert made == 0
+    assert contents(again.folder) == contents(whole(Method.AWQ_GPTQ).folder)
 
 
 @dataclass

@@ -129,7 +129,8 @@ def test_chats_calibrate_and_the_store_is_found_by_the_next_run_and_by_validate(
     assert {"forward", "gptq"} <= set(facts["seconds"])
     assert "reused" not in told
     (folder,) = store.iterdir()
-    assert {path.name for path in folder.glob("ranges-*.json")} == {f"ranges-{layer:03d}.json" for layer in range(4)}
+    parts = [*(f"{layer:03d}" for layer in range(4)), "ends"]
+    assert {path.name for path in folder.glob("ranges-*.json")} == {f"ranges-{part}.json" for part in parts}
 
     again, told = exported(tmp_path / "again", "--store", store, "--calibration", chats)
     assert f"reused the quantized weights in {folder}" in told
