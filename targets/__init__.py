@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from targets.base import Target
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "executorch": ("xnnpack",),
+    "executorch": ("xnnpack", "portable"),
     "onnxruntime": ("cpu",),
     "coreml": ("gpu",),
 }
