@@ -27,7 +27,9 @@ from benchmarks.peers import CONTEXT, SCHEMES
 from benchmarks.processes import ProgramError, available_bytes, run
 from benchmarks.rivals import CACHE, RivalError
 from benchmarks.shapes import SHAPES, write_random
+from benchmarks.variants import PREFILL, VARIANTS
 from exporter.checkpoint.config import read_spec
+from targets.footprint import footprint
 
 FOLDER = CACHE / "bench"
 TOY = {**SHAPES["1b"], "num_hidden_layers": 2, "vocab_size": 8192}
@@ -43,7 +45,7 @@ Keep = Callable[[], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """How weights lie in a file, for the bytes that a decoded token has to read."""
+    """How weights lie in a peer's file, for the bytes that a decoded token has to read."""
 
     body_bits: float
     head_bits: float
@@ -56,22 +58,12 @@ class Entry:
     name: str
     runtime: str
     file: Path
-    stored: Stored
+    bytes_per_token: float
+    """Of weights, read for each decoded token."""
     logits: str = "last"
     context: int = CONTEXT
 
 
-LONG_CONTEXT = 4096
-LONG = f"int4, context {LONG_CONTEXT}"
-PREFILL = "int8, prefill preferred"
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "int4": (),
-    "int8": ("--precision", "int8"),
-    "int4, head int4": ("--head", "int4"),
-    "int4, groups of 128": ("--group-size", "128"),
-    LONG: ("--context", str(LONG_CONTEXT)),
-    PREFILL: ("--precision", "int8", "--prefer", "prefill"),
-}
 OUR_TARGETS = ("onnxruntime", "executorch", "coreml")
 FILES = {"onnxruntime": "model.onnx", "executorch": "model.pte"}
 PEERS = {"genai": "onnxruntime", "executorch": "executorch", "llamacpp": "llama.cpp", "coreml": "coreml"}
@@ -79,23 +71,10 @@ UNRUNNABLE = "coreml"
 """Its packages run on Apple's systems only: they are measured and thrown away."""
 PEER_FILES = {"genai": "model.onnx", "executorch": "model.pte", "llamacpp": "model.gguf"}
 
-_ONNX = {"int4": 4 + 32 / 32, "g128": 4 + 32 / 128, "int8": 8 + 32 / 128, "int8 by 32": 8 + 32 / 32}
-"""Bits per weight with float32 scales; int8 rows repeat theirs for blocks of 128."""
-_XNNPACK = {"int4": 4 + 16 / 32, "g128": 4 + 16 / 128, "int8": 8.0}
+_XNNPACK = {"int4": 4 + 16 / 32, "int8": 8.0}
 STORED: dict[tuple[str, str], Stored] = {
-    ("onnxruntime", "int4"): Stored(body_bits=_ONNX["int4"], head_bits=_ONNX["int8"]),
-    ("onnxruntime", "int8"): Stored(body_bits=_ONNX["int8"], head_bits=_ONNX["int8"]),
-    ("onnxruntime", "int4, head int4"): Stored(body_bits=_ONNX["int4"], head_bits=_ONNX["int4"]),
-    ("onnxruntime", "int4, groups of 128"): Stored(body_bits=_ONNX["g128"], head_bits=_ONNX["int8"]),
-    ("executorch", "int4"): Stored(body_bits=_XNNPACK["int4"], head_bits=_XNNPACK["int8"]),
-    ("executorch", "int8"): Stored(body_bits=_XNNPACK["int8"], head_bits=_XNNPACK["int8"]),
-    ("executorch", "int4, head int4"): Stored(body_bits=_XNNPACK["int4"], head_bits=_XNNPACK["int4"]),
-    ("executorch", "int4, groups of 128"): Stored(body_bits=_XNNPACK["g128"], head_bits=_XNNPACK["int8"]),
-    ("onnxruntime", LONG): Stored(body_bits=_ONNX["int4"], head_bits=_ONNX["int8"]),
-    ("executorch", LONG): Stored(body_bits=_XNNPACK["int4"], head_bits=_XNNPACK["int8"]),
-    ("onnxruntime", PREFILL): Stored(body_bits=8.0, head_bits=_ONNX["int8"]),
-    ("genai", "ships"): Stored(body_bits=_ONNX["int4"], head_bits=_ONNX["int4"]),
-    ("genai", "ours"): Stored(body_bits=_ONNX["int4"], head_bits=_ONNX["int8 by 32"]),
+    ("genai", "ships"): Stored(body_bits=4 + 32 / 32, head_bits=4 + 32 / 32),
+    ("genai", "ours"): Stored(body_bits=4 + 32 / 32, head_bits=8 + 32 / 32),
     ("export_llama", "ships"): Stored(body_bits=_XNNPACK["int4"], head_bits=_XNNPACK["int4"]),
     ("export_llama", "ours"): Stored(body_bits=_XNNPACK["int4"], head_bits=_XNNPACK["int8"]),
     ("llama.cpp", "Q4_0"): Stored(body_bits=4 + 16 / 32, head_bits=8 * 210 / 256),  # the head is Q6_K
@@ -149,13 +128,11 @@ def _measure(
     for name, told in _export_peers(size, checkpoint, peers, record["parameters"], smaller):
         record.setdefault("peers", {})[name] = told
         keep()
-    entries = _entries(size, peers, record)
+    entries = _entries(size, peers, record, shape)
     runs = record.setdefault("runs", {})
     measured = datetime.now().isoformat(timespec="seconds")
-    counts = bench_report.parameters(shape)
     for entry in entries:
-        bits = counts["body"] * entry.stored.body_bits + counts["head"] * entry.stored.head_bits
-        runs[entry.name] = {"measured": measured, "bytes_per_token": bits / 8, "by_threads": {}}
+        runs[entry.name] = {"measured": measured, "bytes_per_token": entry.bytes_per_token, "by_threads": {}}
     for name, threads, told in _run_all(size, checkpoint, entries):
         runs[name]["by_threads"].setdefault(str(threads), []).append(told)
         keep()
@@ -176,7 +153,7 @@ def _export_ours(size: str, checkpoint: Path, parameters: int) -> Iterator[tuple
         out = FOLDER / size / f"ours-{variant}-{names}"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        command = ["benchmarks.export_once", checkpoint, "--targets", names, "--out", out, *VARIANTS[variant]]
+        command = ["benchmarks.export_once", checkpoint, "--targets", names, "--out", out, *VARIANTS[variant].words]
         bits = 9 if variant == "int8" else 5
         needed = (1 + len(names.split(","))) * parameters * bits // 8  # the store, and the artifacts
         yield f"{variant}: {names}", _export(command, out, needed_bytes=needed)
@@ -241,25 +218,27 @@ def _export(words: Sequence[object], out: Path, *, needed_bytes: int, expected_b
         return {"failed": str(error)}
 
 
-def _entries(size: str, peers: list[str], record: dict[str, Any]) -> list[Entry]:
+def _entries(size: str, peers: list[str], record: dict[str, Any], shape: dict[str, Any]) -> list[Entry]:
     """Each of ours next to the peer that it is compared with, so that both see the same noise."""
-    entries = {entry.name: entry for entry in (*_our_entries(size, record), *_peer_entries(size, peers))}
+    entries = {entry.name: entry for entry in (*_our_entries(size, record), *_peer_entries(size, peers, shape))}
     paired = [name for pair in bench_report.PAIRS for name in (pair.ours, pair.peer) if name in entries]
     return [entries[name] for name in dict.fromkeys([*paired, *entries])]
 
 
 def _our_entries(size: str, record: dict[str, Any]) -> Iterator[Entry]:
+    spec = read_spec(FOLDER / size / "checkpoint")
     for key in record["exports"]:
         variant, names = key.split(": ")
         for runtime, file in FILES.items():
             path = FOLDER / size / f"ours-{variant}-{names}" / runtime / file
             if path.exists():
-                stored, context = STORED[runtime, variant], LONG_CONTEXT if variant == LONG else CONTEXT
-                name = f"ours: {runtime}: {variant}"
-                yield Entry(name=name, runtime=runtime, file=path, stored=stored, context=context)
+                how, name = VARIANTS[variant], f"ours: {runtime}: {variant}"
+                read = footprint(runtime, spec, how.scheme, context=how.context, prefer=how.prefer).token_bytes
+                yield Entry(name=name, runtime=runtime, file=path, bytes_per_token=read, context=how.context)
 
 
-def _peer_entries(size: str, peers: list[str]) -> Iterator[Entry]:
+def _peer_entries(size: str, peers: list[str], shape: dict[str, Any]) -> Iterator[Entry]:
+    counts = bench_report.parameters(shape)
     for peer in peers:
         for scheme in SCHEMES[peer] if peer != UNRUNNABLE else ():
             path = FOLDER / size / f"{peer}-{scheme}" / PEER_FILES[peer]
@@ -267,7 +246,10 @@ def _peer_entries(size: str, peers: list[str]) -> Iterator[Entry]:
             if path.exists():
                 every = "all" if (peer, scheme) == ("genai", "ships") else "last"
                 stored = STORED[name, scheme]
-                yield Entry(name=f"{name}: {scheme}", runtime=PEERS[peer], file=path, stored=stored, logits=every)
+                read = (counts["body"] * stored.body_bits + counts["head"] * stored.head_bits) / 8
+                yield Entry(
+                    name=f"{name}: {scheme}", runtime=PEERS[peer], file=path, bytes_per_token=read, logits=every
+                )
 
 
 def _run_all(size: str, checkpoint: Path, entries: list[Entry]) -> Iterator[tuple[str, int, dict[str, Any]]]:

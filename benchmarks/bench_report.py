@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.run_once import DECODED, DEPTHS, PROMPTS
+from benchmarks.shapes import SHAPES
+from benchmarks.variants import VARIANTS
+from exporter.checkpoint.config import read_spec
+from exporter.spec import ModelSpec
+from targets.footprint import footprint
 
 Results = Mapping[str, Any]
 RATES = [*(f"prefill {count}" for count in PROMPTS), *(f"decode at {depth}" for depth in DEPTHS)]
@@ -16,6 +23,8 @@ GIB = 1 << 30
 EXPORT_1B = {"seconds": 30.0, "bytes": 2.5 * GIB, "all_seconds": 60.0}
 EXPORT_8B = {"seconds": 240.0, "bytes": 10.0 * GIB}
 TARGETS = ("onnxruntime", "executorch", "coreml")
+BARE_WORKER = (150 << 20, 80 << 20)
+"""Anonymous and mapped memory of ExecuTorch's process, but for the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +89,7 @@ def write(results: Results, *, out: Path | None) -> str:
         if out:
             lines.append(f"\n![tokens per second, {size}](benchmarks-{size}.svg)\n")
     lines += ["\n## Growth with the model\n", *growth] if (growth := list(_growth(sizes))) else []
+    lines += ["\n## Memory as `llama-export plan` foresees it\n", *_foreseen(sizes)]
     lines += ["\n## What was aimed at\n", *_aims(sizes)]
     text = "\n".join(lines) + "\n"
     if out:
@@ -257,6 +267,36 @@ def _growth(sizes: Results) -> Iterator[str]:
                 continue
             cells.append(f"{other['seconds'] / one['seconds']:.1f}, {export_peak(other) / export_peak(one):.1f}")
         yield f"| {size} | {record['parameters'] / exported[first]['parameters']:.1f} | {' | '.join(cells)} |"
+
+
+def _foreseen(sizes: Results) -> Iterator[str]:
+    """Of ours, beside what a run held at most."""
+    yield (
+        "At most that a run held with two threads, anonymous and mapped, beside the sum that is foreseen from the "
+        f"model's shapes (`targets/footprint.py`). {sum(BARE_WORKER) >> 20} MiB are taken off for ExecuTorch's process "
+        "with torch in it, as measured with a model of 3 MB.\n"
+    )
+    yield "| artifact | measured, MiB | foreseen, MiB | foreseen / measured |"
+    yield "|-|-:|-:|-:|"
+    for size, record in sizes.items():
+        for name in record["runs"]:
+            run, (whose, _, told) = together(record, name, "2"), name.partition(": ")
+            runtime, _, variant = told.partition(": ")
+            if whose != "ours" or run is None or size not in SHAPES:
+                continue
+            how = VARIANTS[variant]
+            sum_bytes = footprint(
+                runtime, spec_of(SHAPES[size]), how.scheme, context=how.context, prefer=how.prefer
+            ).memory_bytes
+            held = sum(run.peak_bytes) - (sum(BARE_WORKER) if runtime == "executorch" else 0)
+            yield f"| {size}: {told} | {held / 2**20:,.0f} | {sum_bytes / 2**20:,.0f} | {sum_bytes / held:.3f} |"
+
+
+def spec_of(config: Mapping[str, Any]) -> ModelSpec:
+    """Of a ``config.json``'s content."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return read_spec(Path(folder))
 
 
 def _aims(sizes: Results) -> Iterator[str]:

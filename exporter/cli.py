@@ -12,6 +12,24 @@ from typer.core import TyperGroup
 
 from exporter import interrupt
 from exporter.cli_bundle import JsonOption, ThreadsOption, add_bundle_commands
+from exporter.cli_devices import add_device_commands
+from exporter.cli_options import (
+    CALIBRATION,
+    BackendOption,
+    CheckpointArgument,
+    ColumnOption,
+    ContextOption,
+    CorpusOption,
+    DeviceOption,
+    EvalTextOption,
+    GroupSizeOption,
+    HeadOption,
+    PrecisionOption,
+    PreferOption,
+    RulesOption,
+    StoreOption,
+    TargetOption,
+)
 from exporter.errors import ExportError, UsageError, gravest
 from exporter.limits import KL_GROWTH, RATE_LOSS, SIZE_GROWTH, Limits, Tolerance
 from exporter.reporting import reporting
@@ -63,42 +81,6 @@ def root(
     pass
 
 
-CheckpointArgument = Annotated[
-    Path | None,
-    typer.Argument(help="Folder in Hugging Face layout. Default: the bundled trained model.", show_default=False),
-]
-StoreOption = Annotated[
-    Path | None,
-    typer.Option("--store", help="Where quantized weights are kept and found again.", show_default="user cache"),
-]
-EvalTextOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--eval-text",
-        help="UTF-8 text to measure quality on.",
-        show_default="text held apart from --calibration, or a bundled text",
-    ),
-]
-CALIBRATION = "Calibration"
-CorpusOption = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        help="Text to calibrate with: .txt, .md, .jsonl (text or messages), .parquet, .csv, token ids as .npy or "
-        ".safetensors, a folder of these, - for stdin; none: round to nearest.",
-        show_default="text that the model writes itself",
-        rich_help_panel=CALIBRATION,
-    ),
-]
-ColumnOption = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration-column",
-        help="Where tables and JSON lines keep the text.",
-        show_default="text or messages",
-        rich_help_panel=CALIBRATION,
-    ),
-]
 LIMITS, REPORTS = "Limits", "Reports"
 
 
@@ -114,61 +96,17 @@ def _report(name: str, told: str) -> Any:
 def export(
     checkpoint: CheckpointArgument = None,
     *,
-    target: Annotated[
-        str | None, typer.Option("--target", "-t", help="executorch, onnxruntime, coreml, a comma list, or all.")
-    ] = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            "--backend",
-            "-b",
-            help="What runs inside a target, a comma list; llama-export targets shows all.",
-            show_default="xnnpack, cpu, gpu",
-        ),
-    ] = None,
+    target: TargetOption = None,
+    backend: BackendOption = None,
+    device: DeviceOption = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="A TOML file of options; those given here come before its own.")
     ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            "--precision",
-            "-p",
-            help="fp32, fp16, int8 or int4.",
-            show_default="int4, or int8 with --prefer prefill",
-        ),
-    ] = None,
-    prefer: Annotated[
-        str | None,
-        typer.Option(
-            "--prefer",
-            help="quality; prefill: prompts are read several times faster, int8 by int8 (onnxruntime); decode: int4 in "
-            "the widest groups that fit, up to 128.",
-            show_default="quality",
-        ),
-    ] = None,
-    head: Annotated[
-        str | None,
-        typer.Option(
-            "--head", help="Precision of the head (and of an embedding tied to it).", show_default="int8 if quantized"
-        ),
-    ] = None,
-    group_size: Annotated[
-        str | None,
-        typer.Option(
-            "--group-size",
-            help="Columns that share an int4 scale: 32, 64, 128 or row.",
-            show_default="32, or up to 128 with --prefer decode",
-        ),
-    ] = None,
-    rules: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--rule",
-            help="Store some matrices otherwise: 'layers.0.mlp.down_proj = int8', * for any characters. Can be "
-            "repeated; the last that matches counts.",
-        ),
-    ] = None,
+    precision: PrecisionOption = None,
+    prefer: PreferOption = None,
+    head: HeadOption = None,
+    group_size: GroupSizeOption = None,
+    rules: RulesOption = None,
     budget_mb: Annotated[
         float | None,
         typer.Option(
@@ -186,16 +124,7 @@ def export(
             "alone costs about 5e-4.",
         ),
     ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "--context",
-            "-c",
-            min=16,
-            help="Positions the cache holds.",
-            show_default="2048, or the model's own if less",
-        ),
-    ] = None,
+    context: ContextOption = None,
     logits: Annotated[
         str | None,
         typer.Option("--logits", help="Positions the head answers for: last or all.", show_default="last"),
@@ -261,8 +190,9 @@ def export(
     """Export a checkpoint for one or more targets, and prove each artifact against the model."""
     with reporting() as progress:
         from exporter.checkpoint import BUNDLED_MODEL
+        from exporter.checkpoint.config import read_spec
         from exporter.pipeline import export as run
-        from exporter.planning import plan
+        from exporter.planning import plan, settle
         from exporter.recipe import asked_for, read_recipe
 
         if checkpoint is None:
@@ -273,6 +203,7 @@ def export(
             **asked_for(
                 target=target,
                 backend=backend,
+                device=device,
                 precision=precision,
                 prefer=prefer,
                 head=head,
@@ -294,6 +225,9 @@ def export(
                 threads=threads,
             ),
         }
+        choices, reasons = settle(choices, read_spec(checkpoint))
+        for reason in reasons:
+            progress.note(reason)
         made = plan(checkpoint, out=out, store=store, **choices)
         if made.prefer is Prefer.DECODE:
             progress.note(f"--prefer decode: int4 in groups of {made.scheme.group_size or 'a row'}")
@@ -478,23 +412,8 @@ def inspect(
     _print_facts(facts, as_json=as_json)
 
 
-@app.command(name="targets")
-def list_targets(*, as_json: JsonOption = False) -> None:
-    """List targets and backends: what each writes, and what this host can do for it."""
-    with reporting():
-        import targets
-        from exporter.report import target_facts
-
-        facts = [target_facts(targets.load(label)) for label in targets.LABELS]
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-    else:
-        from exporter.report import print_targets
-
-        print_targets(facts)
-
-
 add_bundle_commands(app)
+add_device_commands(app)
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from exporter.bundle import (
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.codes import weight_digests
 from exporter.device import fold, report_of_this_host
+from exporter.devices import find_device
 from exporter.errors import (
     BudgetError,
     CapacityError,
@@ -43,6 +44,7 @@ from exporter.errors import (
     gravest,
 )
 from exporter.files import folder_in_progress, put_in_place, written_whole
+from exporter.forecast import foresee, refuse_what_does_not_fit
 from exporter.html import html
 from exporter.limits import Limits, check_limits
 from exporter.memory import give_back_memory
@@ -432,6 +434,9 @@ def refuse_early(plan: Plan, spec: ModelSpec, chosen: Mapping[str, Target]) -> N
             raise UsageError(f"target {label}: {reason}", hint="leave this target out, or change the option")
         if missing := target.missing():
             raise _missing(label, missing)
+    if plan.device:
+        device = find_device(plan.device)
+        refuse_what_does_not_fit(foresee(plan, spec, device), device)
     _refuse_folder(plan)
     _refuse_full_disk(plan, spec)
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from exporter.checkpoint.config import read_spec
+from exporter.devices import find_device
 from exporter.errors import UsageError
+from exporter.forecast import fitting_context, is_roomy_for_int8, serving
 from exporter.spec import (
     EMBEDDING,
     GROUP_SIZES,
@@ -41,6 +43,8 @@ class Choices(TypedDict, total=False):
     """Names with commas between, or all; a name may have a backend behind it, as ``executorch-portable``."""
     backend: str
     """Names with commas between: each holds for those of the targets that have it."""
+    device: str
+    """A slug of ``targets/devices.toml``: decides whatever of target, precision and context is left out."""
     precision: str
     prefer: str
     head: str
@@ -74,19 +78,19 @@ def plan(
     ``out``: folder for the bundles; ``store``: where quantized weights are kept, by default in the user's cache.
     Raises UsageError for choices that cannot be carried out, InputError for a checkpoint that is none.
     """
-    if "target" not in choices:
-        raise UsageError("no target was named", hint="say --target executorch, onnxruntime, coreml or all")
+    if "target" not in choices and "device" not in choices:
+        raise UsageError(
+            "no target was named", hint="say --target executorch, onnxruntime, coreml or all; or name a phone: --device"
+        )
+    spec = read_spec(Path(checkpoint))
+    choices, _ = settle(choices, spec)
     corpus, method = choices.get("calibration"), choices.get("method")
     _refuse_two_budgets(choices, calibrated=corpus != NO_CALIBRATION and method != "rtn")
-    spec = read_spec(Path(checkpoint))
     prefer = Prefer(_one_of("--prefer", choices.get("prefer", Prefer.QUALITY), list(Prefer)))
     body = _body(choices.get("precision"), prefer=prefer)
-    asked = choices.get("group_size")
-    scheme = _scheme(
-        body=body, head=choices.get("head"), group_size=asked or "32", rules=choices.get("rule", []), spec=spec
-    )
+    scheme = _weights_asked(choices, body=body, spec=spec)
     if prefer is Prefer.DECODE:
-        scheme = _widened(scheme, asked=asked, spec=spec)
+        scheme = _widened(scheme, asked=choices.get("group_size"), spec=spec)
     sampling = _only(choices, "windows", "window_length", "seed")
     longest = min(DEFAULT_WINDOW_LENGTH, spec.max_position_embeddings)
     budget_mb, text = choices.get("budget_mb"), choices.get("eval_text")
@@ -105,11 +109,48 @@ def plan(
         context=choices.get("context") or min(DEFAULT_CONTEXT, spec.max_position_embeddings),
         logits=Logits(_one_of("--logits", choices.get("logits", Logits.LAST), list(Logits))),
         prefer=prefer,
+        device=choices.get("device"),
         out=Path(out),
         store=Path(store) if store else default_store(),
         evaluation_text=Path(text) if text else None,
         threads=choices.get("threads", DEFAULT_THREADS),
     )
+
+
+def settle(choices: Choices, spec: ModelSpec) -> tuple[Choices, tuple[str, ...]]:
+    """The choices with all that a named device decides, and why each was decided so. Raises UsageError for an unknown
+    device, MissingToolError where nothing here serves it."""
+    if "device" not in choices:
+        return choices, ()
+    device, reasons = find_device(choices["device"]), []
+    if "target" not in choices:
+        if "backend" in choices:
+            raise UsageError("--backend says what runs inside a --target", hint="name one, or leave --backend out")
+        label, why = serving(device)
+        choices = {**choices, "target": label}
+        reasons.append(f"--target {label}: {why}")
+    label = _targets(choices["target"], backends=choices.get("backend"))[0]
+    context = choices.get("context") or min(DEFAULT_CONTEXT, spec.max_position_embeddings)
+    int4 = _weights_asked(choices, body=Precision.INT4, spec=spec)
+    if "precision" not in choices and "prefer" not in choices:
+        roomy = is_roomy_for_int8(label, spec, int4, device, context=context)
+        body = Precision.INT8 if roomy else Precision.INT4
+        choices = {**choices, "precision": body.value}
+        why = "leaves an app most of its memory" if roomy else "half the memory of int8, half to read for each token"
+        reasons.append(f"--precision {body}: {why}")
+    if "context" not in choices:
+        body = _body(choices.get("precision"), prefer=Prefer(choices.get("prefer", Prefer.QUALITY)))
+        scheme = _weights_asked(choices, body=body, spec=spec)
+        fitting = fitting_context(label, spec, scheme, device, wanted=context)
+        choices = {**choices, "context": fitting}
+        why = "the default" if fitting == context else f"{context} would not fit {device.name}"
+        reasons.append(f"--context {fitting}: {why}")
+    return choices, tuple(reasons)
+
+
+def _weights_asked(choices: Choices, *, body: Precision, spec: ModelSpec) -> WeightScheme:
+    group_size, rules = choices.get("group_size") or "32", choices.get("rule", [])
+    return _scheme(body=body, head=choices.get("head"), group_size=group_size, rules=rules, spec=spec)
 
 
 def choices_of(plan: Plan) -> Choices:
@@ -123,6 +164,8 @@ def choices_of(plan: Plan) -> Choices:
         "logits": plan.logits.value,
         "threads": plan.threads,
     }
+    if plan.device is not None:
+        chosen["device"] = plan.device
     if scheme.body.bits:
         chosen |= {
             "head": scheme.head.value,

@@ -5,38 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from exporter.files import written_whole
 from exporter.latency import DECODE_STEPS
 from exporter.parity import KL_BY_POSITION, MISSED
 from exporter.spec import Verdict
+from exporter.terminal import open_console
 
 if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
     from exporter.compare import Comparison
     from exporter.pipeline import Outcome
-    from targets.base import Target
 
 _STYLES = {Verdict.PASSED: "green", Verdict.FAILED: "bold red", Verdict.NOT_MEASURED: "yellow"}
-_PIPED_WIDTH = 120
 
-
-class Standing(StrEnum):
-    """What this host can do for a backend."""
-
-    EXECUTED = "executed here"
-    AUDITED = "lowered and audited"
-    NEEDS = "needs something"
-
-
-_STANDINGS = {Standing.EXECUTED: "green", Standing.AUDITED: "yellow", Standing.NEEDS: "red"}
 _LISTS = (KL_BY_POSITION, MISSED, DECODE_STEPS)
 """Figures for plots, too long for a table."""
 _KINDS = ("codes", "parity", "quality", "latency")
@@ -96,7 +82,7 @@ def print_annotations(outcomes: Sequence[Outcome]) -> None:
 
 def print_outcomes(outcomes: list[Outcome]) -> None:
     """A row per target with its verdicts and main figures, then the reason of each verdict that is not green."""
-    console = _console()
+    console = open_console()
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)  # three targets fit 80 columns
     for heading in ("target", *_KINDS):
         table.add_column(heading, no_wrap=True)
@@ -144,7 +130,7 @@ def print_outcomes(outcomes: list[Outcome]) -> None:
 
 def print_comparison(found: Comparison) -> None:
     """Figures side by side, then what changed, then what got worse."""
-    console = _console()
+    console = open_console()
     figures = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("figure", "old", "new", "ratio"):
         figures.add_column(heading, justify="left" if heading == "figure" else "right")
@@ -181,41 +167,12 @@ def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def target_facts(target: Target) -> dict[str, Any]:
-    """What ``targets`` tells of one backend: whether this host lowers it and runs what was lowered, and by what."""
-    from exporter.errors import MissingToolError
-
-    lacking, unrunnable = target.missing(), target.cannot_execute()
-    try:
-        told = lacking or unrunnable or target.runtime()
-    except MissingToolError as error:
-        told = lacking = f"{error} ({error.hint})"
-    standing = Standing.NEEDS if lacking else Standing.AUDITED if unrunnable else Standing.EXECUTED
-    return {
-        "target": target.name,
-        "backend": target.backend,
-        "writes": target.format,
-        "standing": standing.value,
-        "told": told,
-    }
-
-
-def print_targets(facts: list[dict[str, Any]]) -> None:
-    table = Table()
-    for heading in ("target", "backend", "on this host", "writes", ""):
-        table.add_column(heading)
-    for row in facts:
-        standing = Text(row["standing"], style=_STANDINGS[Standing(row["standing"])])
-        table.add_row(row["target"], row["backend"], standing, row["writes"], row["told"])
-    _console().print(table)
-
-
 def print_facts(facts: Mapping[str, Any]) -> None:
     """Two columns, nested objects as dotted names."""
     table = Table(show_header=False, box=None)
     for name, value in _flatten(facts):
         table.add_row(name, str(value))
-    _console().print(table)
+    open_console().print(table)
 
 
 def _flatten(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -242,12 +199,6 @@ def _parity_line(outcome: Outcome) -> str:
         f"KL {parity['mean_kl_nats']:.1e} (floor {parity['floor_kl_nats']:.1e}), worst {parity['worst_kl_nats']:.1e}, "
         f"top-1 {parity['top1_agreement']:.1%}; {parity['runtime']}"
     )
-
-
-def _console() -> Console:
-    """stdout; into a file or a pipe the tables keep their full width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_PIPED_WIDTH)
 
 
 def _verdict(value: str) -> str:

@@ -297,6 +297,8 @@ class Plan:
     max_kl_nats: float | None = None
     """What quantization may cost: as little of an int4 body as that takes is stored as int8."""
     sampling: Sampling
+    device: str | None = None
+    """A slug of ``targets/devices.toml``, which it has to fit."""
     out: Path
     store: Path
     """The cache folder in which quantized weights are kept and found again."""

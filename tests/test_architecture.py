@@ -30,8 +30,12 @@ LAYERS = (
         *("exporter.pipeline", "exporter.planning", "exporter.recipe", "exporter.texts", "exporter.progress"),
         *("exporter.report", "exporter.checks", "exporter.junit", "exporter.markdown", "exporter.html"),
         *("exporter.generation", "exporter.measure", "exporter.packing", "exporter.device"),
+        *("exporter.devices", "exporter.forecast", "exporter.report_devices", "exporter.terminal"),
     ),
-    ("exporter.cli", "exporter.cli_bundle", "exporter.library", "exporter.reporting", "exporter.optimum_command"),
+    (
+        *("exporter.cli", "exporter.cli_bundle", "exporter.cli_options", "exporter.cli_devices"),
+        *("exporter.library", "exporter.reporting", "exporter.optimum_command"),
+    ),
     ("exporter.__main__",),
 )
 """From the bottom up. A module may import from its own layer and from those below it."""

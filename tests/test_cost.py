@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.bench import STORED
 from benchmarks.bench_report import parameters
+from benchmarks.ours import INT4
 from benchmarks.shapes import SHAPES, write_random
+from exporter.checkpoint.config import read_spec
+from targets.footprint import footprint
 
 LAYERS = 3
 CONFIG = {**SHAPES["1b"], "num_hidden_layers": LAYERS, "vocab_size": 8192}
@@ -43,9 +45,9 @@ def export(checkpoint: Path, target: str, out: Path) -> dict[str, Any]:
     return record
 
 
-def bytes_per_token(runtime: str) -> float:
-    count, stored = parameters(CONFIG), STORED[runtime, "int4"]
-    return (count["body"] * stored.body_bits + count["head"] * stored.head_bits) / 8
+def bytes_per_token(label: str, checkpoint: Path) -> int:
+    """As foreseen from the shapes, and told by the benchmark."""
+    return footprint(label, read_spec(checkpoint), INT4, context=16).token_bytes
 
 
 def test_onnx_has_few_nodes_and_reads_each_code_once(checkpoint: Path, tmp_path: Path) -> None:
@@ -60,7 +62,7 @@ def test_onnx_has_few_nodes_and_reads_each_code_once(checkpoint: Path, tmp_path:
     # them the embedding, the lengths, the last position.
     assert len(graph.node) <= 11 * LAYERS + 20
     read = sum(sizes[name] for node in linears for name in node.input if name in sizes)
-    assert read == bytes_per_token("onnxruntime")
+    assert read == bytes_per_token("onnxruntime", checkpoint)
 
 
 def test_a_program_has_a_delegate_between_attentions_and_reads_each_code_once(checkpoint: Path, tmp_path: Path) -> None:
@@ -73,7 +75,7 @@ def test_a_program_has_a_delegate_between_attentions_and_reads_each_code_once(ch
         kernels = [operator.name for operator in plan.operators]
         assert not any("linear" in kernel or "mm" in kernel for kernel in kernels)
         codes = [name for name in file._named if name.endswith((".codes", ".scales"))]
-        assert sum(file.size(name) for name in codes) - 4 * CONFIG["vocab_size"] == bytes_per_token("executorch")
+        assert sum(file.size(name) for name in codes) == bytes_per_token("executorch", checkpoint)
 
 
 def test_a_package_holds_each_code_once(checkpoint: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_run_from_a_recipe_is_what_its_resolved_recipe_gives_again(tmp_path: P
     ("content", "says"),
     [
         ("target = ", "is no TOML"),
-        ("targets = 'coreml'", "targets is unknown; known: extends, target, backend, precision"),
+        ("targets = 'coreml'", "targets is unknown; known: extends, target, backend, device, precision"),
         ("context = '64'", "context is '64', integer was expected"),
         ("context = true", "context is True, integer was expected"),
         ("damping = 'high'", "damping is 'high', number was expected"),

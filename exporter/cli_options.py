@@ -1,0 +1,125 @@
+"""Options that more than one command has, each in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+CheckpointArgument = Annotated[
+    Path | None,
+    typer.Argument(help="Folder in Hugging Face layout. Default: the bundled trained model.", show_default=False),
+]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option("--store", help="Where quantized weights are kept and found again.", show_default="user cache"),
+]
+EvalTextOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--eval-text",
+        help="UTF-8 text to measure quality on.",
+        show_default="text held apart from --calibration, or a bundled text",
+    ),
+]
+CALIBRATION = "Calibration"
+CorpusOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="Text to calibrate with: .txt, .md, .jsonl (text or messages), .parquet, .csv, token ids as .npy or "
+        ".safetensors, a folder of these, - for stdin; none: round to nearest.",
+        show_default="text that the model writes itself",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+ColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration-column",
+        help="Where tables and JSON lines keep the text.",
+        show_default="text or messages",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+TargetOption = Annotated[
+    str | None, typer.Option("--target", "-t", help="executorch, onnxruntime, coreml, a comma list, or all.")
+]
+
+BackendOption = Annotated[
+    str | None,
+    typer.Option(
+        "--backend",
+        "-b",
+        help="What runs inside a target, a comma list; llama-export targets shows all.",
+        show_default="xnnpack, cpu, gpu",
+    ),
+]
+
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        "-d",
+        help="A phone, as iphone-15-pro: decides target, precision and context, and refuses what will not fit it. "
+        "llama-export devices lists all.",
+        show_default=False,
+    ),
+]
+
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        "-p",
+        help="fp32, fp16, int8 or int4.",
+        show_default="int4, or int8 with --prefer prefill",
+    ),
+]
+
+PreferOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prefer",
+        help="quality; prefill: prompts are read several times faster, int8 by int8 (onnxruntime); decode: int4 in "
+        "the widest groups that fit, up to 128.",
+        show_default="quality",
+    ),
+]
+
+HeadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--head", help="Precision of the head (and of an embedding tied to it).", show_default="int8 if quantized"
+    ),
+]
+
+GroupSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--group-size",
+        help="Columns that share an int4 scale: 32, 64, 128 or row.",
+        show_default="32, or up to 128 with --prefer decode",
+    ),
+]
+
+RulesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule",
+        help="Store some matrices otherwise: 'layers.0.mlp.down_proj = int8', * for any characters. Can be "
+        "repeated; the last that matches counts.",
+    ),
+]
+
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        "-c",
+        min=16,
+        help="Positions the cache holds.",
+        show_default="2048, or the model's own if less",
+    ),
+]

@@ -1,0 +1,157 @@
+"""What an artifact will take, from shapes alone: its size, the memory of what runs it, the bytes that a token reads.
+
+How each runtime keeps weights is known from profiles of real runs. ``docs/benchmarks.md`` sets what is foreseen here
+beside what was measured; of a backend that nothing here executes, only weights and cache can be told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import targets
+from exporter.spec import EMBEDDING, HEAD, ModelSpec, Precision, Prefer, WeightScheme, activation_block
+
+PROMPT = 1024
+"""Tokens that are fed at once at most; an app can feed a longer prompt in pieces."""
+
+_BYTES = {Precision.FP32: 4.0, Precision.FP16: 2.0, Precision.INT8: 1.0, Precision.INT4: 0.5}
+
+_SESSION_BYTES = 50 << 20
+"""What a session of ONNX Runtime keeps beside weights: 42 to 65 MiB over seven artifacts of 1B to 8B, some 19 of them
+pages of its library."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """So many bytes of memory, and what they hold."""
+
+    name: str
+    size_bytes: int
+    mapped: bool = False
+    """Pages of the artifact's file: the system may drop them and read them again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    artifact_bytes: int
+    parts: tuple[Part, ...]
+    token_bytes: int
+    """Of weights, read for each decoded token: all but the embedding."""
+    compared: bool
+    """Whether ``parts`` were compared with runs of the runtime."""
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Matrix:
+    """One weight matrix as a target stores it."""
+
+    name: str
+    codes: int
+    scales: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.codes + self.scales
+
+
+def footprint(
+    label: str, spec: ModelSpec, scheme: WeightScheme, *, context: int, prefer: Prefer = Prefer.QUALITY
+) -> Footprint:
+    """Of the artifact of ``label`` (``targets.label``) with a cache for ``context`` positions."""
+    target, backend = targets.split(label)
+    matrices = {name: shape for name, shape in spec.weights().items() if len(shape) == 2}
+    matrices[HEAD] = matrices[EMBEDDING]  # of its own, or tied
+    embedding, *body, head = (_matrix(target, name, shape, scheme, prefer=prefer) for name, shape in matrices.items())
+    vectors = 4 * sum(math.prod(shape) for shape in spec.weights().values() if len(shape) == 1)
+    read = sum(matrix.size_bytes for matrix in body) + head.size_bytes
+    shared = spec.tie_word_embeddings and target != "executorch"  # whose delegates hold their weights themselves
+    stored = read + vectors + (0 if shared else embedding.size_bytes)
+    cache = _cache_bytes(spec, context=context, element_bytes=2 if target == "coreml" else 4)
+    prompt = min(PROMPT, context)
+    parts = {
+        ("onnxruntime", "cpu"): _onnxruntime,
+        ("executorch", "xnnpack"): _xnnpack,
+    }.get((target, backend))
+    if parts is None:
+        held = Part(name="weights", size_bytes=stored, mapped=True)
+        return Footprint(artifact_bytes=stored, parts=(held, cache), token_bytes=read, compared=False)
+    sizes = _Sizes(spec=spec, embedding=embedding, body=body, head=head, context=context, prompt=prompt, prefer=prefer)
+    return Footprint(
+        artifact_bytes=stored,
+        parts=(*parts(sizes), cache),
+        token_bytes=read,
+        compared=bool(scheme.body.bits),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    spec: ModelSpec
+    embedding: _Matrix
+    body: Sequence[_Matrix]
+    head: _Matrix
+    context: int
+    prompt: int
+    prefer: Prefer
+
+
+def _matrix(target: str, name: str, shape: tuple[int, ...], scheme: WeightScheme, *, prefer: Prefer) -> _Matrix:
+    """float32 scales in blocks where MatMulNBits is to have them; XNNPACK's groups have bf16, its rows and the
+    embedding of a program float32; Core ML has float16."""
+    rows, columns = shape
+    precision = scheme.precision(name)
+    codes = math.ceil(rows * columns * _BYTES[precision])
+    if not precision.bits:
+        return _Matrix(name=name, codes=codes, scales=0)
+    group = scheme.groups(name, columns=columns)
+    width = {"coreml": 2, "onnxruntime": 4, "executorch": 4 if group == columns or name == EMBEDDING else 2}[target]
+    if target == "onnxruntime" and not _as_integers(name, prefer):
+        group = activation_block(columns=columns, group_size=group)
+    return _Matrix(name=name, codes=codes, scales=width * rows * columns // group)
+
+
+def _as_integers(name: str, prefer: Prefer) -> bool:
+    """Whether ONNX Runtime multiplies this matrix as int8 by int8."""
+    return prefer is Prefer.PREFILL and name not in (EMBEDDING, HEAD)
+
+
+def _cache_bytes(spec: ModelSpec, *, context: int, element_bytes: int) -> Part:
+    size = 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * context * element_bytes
+    return Part(name=f"key-value cache, {context:,} positions", size_bytes=size)
+
+
+def _onnxruntime(sizes: _Sizes) -> Iterator[Part]:
+    """MatMulNBits packs codes with two float32 for each block: its scale, and the sum that its zero point takes. The
+    file's own scales are read while that is done, and its codes for the embedding."""
+    linears = [*sizes.body, sizes.head]
+    packed = sum(
+        linear.codes + (0 if _as_integers(linear.name, sizes.prefer) else 2 * linear.scales) for linear in linears
+    )
+    yield Part(name="weights, packed by the runtime", size_bytes=packed)
+    mapped = sum(linear.scales for linear in linears)
+    if sizes.spec.tie_word_embeddings:
+        mapped += sizes.embedding.codes
+    yield Part(name="scales and tied embedding, mapped", size_bytes=mapped, mapped=True)
+    # Fitted to what prompts of 1,024 tokens added at 1B, 3B and 8B; none of them is off by more than 4 MiB.
+    spec = sizes.spec
+    floats = sizes.prompt * (1.6 * spec.intermediate_size + 14 * spec.hidden_size)
+    yield Part(name=f"activations of a prompt of {sizes.prompt:,}", size_bytes=round(4 * floats))
+    yield Part(name="session", size_bytes=_SESSION_BYTES)
+
+
+def _xnnpack(sizes: _Sizes) -> Iterator[Part]:
+    """Every delegate packs its own weights. Memory is planned for calls as long as the context: what goes from delegate
+    to delegate, and inside of one the widest moment of the MLP."""
+    spec = sizes.spec
+    packed = sum(linear.size_bytes for linear in (*sizes.body, sizes.head))
+    yield Part(name="weights, packed by the runtime", size_bytes=packed)
+    yield Part(name="embedding, mapped", size_bytes=sizes.embedding.size_bytes, mapped=True)
+    between = 4 * spec.hidden_size + 2 * spec.num_key_value_heads * spec.head_dim
+    inside = 3 * spec.intermediate_size + 4 * spec.hidden_size
+    yield Part(name=f"activations, planned for {sizes.context:,}", size_bytes=4 * sizes.context * (between + inside))
