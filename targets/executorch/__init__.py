@@ -162,11 +162,22 @@ class PortableTarget(ExecuTorchTarget):
 
         return ProgramRunner(artifact, threads=threads, longest=longest(artifact.context))
 
+    def observe(self, artifact: Artifact, *, graph: Graph, calls: Sequence[Sequence[int]], threads: int) -> Observation:
+        from targets.executorch.observe import observe_portable
+
+        return observe_portable(artifact, graph, calls, threads=threads)
+
     def on(self, compute_units: str) -> Target:
         raise UsageError(f"--compute-units {compute_units}: these kernels run on the CPU only", hint="leave it out")
 
 
 def load(backend: str) -> Target:
     """What serves ``backend``, one of ``targets.BACKENDS``."""
-    served: dict[str, type[Target]] = {"xnnpack": ExecuTorchTarget, "portable": PortableTarget}
-    return served[backend]()
+    from targets.executorch.delegations import DELEGATIONS, PROBES
+    from targets.executorch.elsewhere import DelegatedTarget, ProbedTarget
+
+    if backend in DELEGATIONS:
+        return DelegatedTarget(DELEGATIONS[backend])
+    if backend in PROBES:
+        return ProbedTarget(PROBES[backend])
+    return {"xnnpack": ExecuTorchTarget, "portable": PortableTarget}[backend]()

@@ -40,7 +40,7 @@ class Form:
     """Of a matrix: x float32 [1, T, K] -> float32 [1, T, N]."""
     attention: type[Attention]
     dtype: torch.dtype = torch.float32
-    """Of queries, keys and values, and of the cache."""
+    """Of queries, keys and values where they are multiplied. The cache is float32, or what the backend makes of that."""
 
 
 class Here:
@@ -121,8 +121,13 @@ def _attentions(graph: Graph) -> list[tuple[Node, Value]]:
 
 
 class Norm(nn.Module):
-    """x [1, T, H] -> [1, T, H], the root mean square norm spelt out. Its epsilon is a tensor: as a number it would be
-    an op of its own, which not every backend has."""
+    """x [1, T, H] -> [1, T, H], the root mean square norm spelt out.
+
+    Its epsilon is a tensor: a number would make an op of its own, which not every backend has. The mean is over
+    dimension 2, not -1, by which Vulkan's partitioner would take it for a norm that it fuses, and then fail: it wants
+    the value of an epsilon that is a tensor without values at that time (executorch 1.4.1,
+    backends/vulkan/patterns/rms_norm.py).
+    """
 
     def __init__(self, weight: StoredWeight, *, eps: float) -> None:
         super().__init__()
@@ -131,7 +136,7 @@ class Norm(nn.Module):
         self.eps = nn.Buffer(torch.tensor([eps]))
 
     def forward(self, x: Tensor) -> Tensor:
-        mean_square = (x * x).mean(dim=-1, keepdim=True)
+        mean_square = (x * x).mean(dim=2, keepdim=True)
         return x * torch.rsqrt(mean_square + self.eps) * self.weight
 
 
@@ -162,9 +167,9 @@ class Attention(nn.Module):
             cos, sin = rope_table(inv_freq.value, first=0, count=context)
             self.cos, self.sin = nn.Buffer(cos), nn.Buffer(sin)
         sizes = {"1": 1, "k": kv_heads, "s": context, "d": head_dim}
-        self.keys = nn.Buffer(torch.zeros([sizes[letter] for letter in self.keys_shape], dtype=dtype))
+        self.keys = nn.Buffer(torch.zeros([sizes[letter] for letter in self.keys_shape]))
         rows = self.keys_shape.replace("ds", "sd")
-        self.values = nn.Buffer(torch.zeros([sizes[letter] for letter in rows], dtype=dtype))
+        self.values = nn.Buffer(torch.zeros([sizes[letter] for letter in rows]))
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, here: Here) -> Tensor: ...
@@ -249,11 +254,11 @@ class FusedAttention(Attention):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.scale != self.head_dim**-0.5:  # Core ML's op has no scale of its own
             q = q * (self.scale * self.head_dim**0.5)
-        q, k, v = (x.to(self.dtype) for x in (q, k, v))
         torch.ops.aten.index_put_(self.keys, [None, None, at], k)
         torch.ops.aten.index_put_(self.values, [None, None, at], v)
-        context = F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=mask)
-        return context.float().view(1, 1, -1)
+        q, keys, values = (x.to(self.dtype) for x in (q, self.keys, self.values))
+        context = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return context.float().reshape(1, 1, -1)
 
 
 class FiniteAttention(Attention):
@@ -284,4 +289,4 @@ class FiniteAttention(Attention):
         self.keys.copy_(keys)
         self.values.copy_(values)
         shares = (torch.bmm(q * self.scale, keys) + mask).softmax(dim=-1)  # [KV, r, S]
-        return torch.bmm(shares, values).view(1, 1, -1)
+        return torch.bmm(shares, values).reshape(1, 1, -1)

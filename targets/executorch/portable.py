@@ -7,9 +7,7 @@ memory is laid out for the longest, and scores are [heads, tokens, context] ther
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,8 +15,7 @@ from exporter.errors import LoweringError
 from exporter.files import written_whole
 from exporter.model.graph import Graph
 from exporter.model.reference import Weights
-from exporter.quantized import QuantizedTensor
-from exporter.spec import Artifact, Logits, Precision
+from exporter.spec import Artifact, Logits
 from exporter.store import StoredWeight
 from targets.executorch import border
 from targets.executorch.metadata import describe
@@ -32,8 +29,8 @@ with border.toolchain("be imported"):
     from targets.executorch.kernels import linear_module, register_shapes
     from targets.executorch.outer import embedding_module
     from targets.executorch.plain import Decoder, DynamicAttention, Form
-    from targets.executorch.read import EMBEDDING_KERNELS, ProgramFile, quantized, read_table
-    from targets.executorch.uses import Use, named
+    from targets.executorch.read import ProgramFile
+    from targets.executorch.uses import KernelUses, Use, named
 
 LONGEST = 128
 
@@ -76,30 +73,8 @@ def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
 
 
 def _uses(file: ProgramFile, artifact: Artifact) -> Iterator[Use]:
-    plan = file.forward
-    widened: dict[int, Any] = {}
-    for call in (i.instr_args for chain in plan.chains for i in chain.instructions):
+    found = KernelUses(file, artifact)
+    for call in (i.instr_args for chain in file.forward.chains for i in chain.instructions):
         if not isinstance(call, KernelCall):
             raise LoweringError(f"{artifact.path} calls a delegate, this is no portable program", hint="lower it again")
-        name = plan.operators[call.op_index].name
-        values = [plan.values[index].val for index in call.args]
-        held = [file.is_constant(value) for value in values]
-        if name == "dim_order_ops::_to_dim_order_copy" and held[0]:
-            widened[call.args[-1]] = values[0]
-        elif name in EMBEDDING_KERNELS:
-            table = partial(read_table, file, values, bits=EMBEDDING_KERNELS[name])
-            yield Use("embedding", lambda _name, table=table: table())
-        elif name == "aten::linear":
-            weight = widened.get(call.args[1], values[1])
-            yield Use("linear", lambda _name, weight=weight: file.constant(weight))
-        elif name == "quantized_decomposed::mixed_linear":
-            yield Use("linear", partial(_matrix, file, artifact, *values[1:3]))
-        elif name == "aten::mul" and held[1] and len(values[1].sizes) == 1:
-            yield Use("rms_norm", lambda _name, weight=values[1]: file.constant(weight))
-
-
-def _matrix(file: ProgramFile, artifact: Artifact, codes: Any, scales: Any, name: str) -> QuantizedTensor:
-    """Codes of int4 and int8 lie alike, so it is for the scheme to say which they are."""
-    bits = artifact.scheme.precision(name).bits or Precision.INT8.bits
-    assert bits is not None
-    return quantized(name, file.constant(codes), file.constant(scales), bits=bits)
+        yield from found.of(call)

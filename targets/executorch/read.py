@@ -27,7 +27,7 @@ with border.toolchain("be imported"):
     from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
     from executorch.exir._serialize._program import _get_extended_header
     from executorch.exir.scalar_type import ScalarType
-    from executorch.exir.schema import BackendDelegate, ExecutionPlan, KernelCall, Program
+    from executorch.exir.schema import BackendDelegate, Double, ExecutionPlan, KernelCall, Program
     from executorch.exir.schema import Tensor as ProgramTensor
 
     from targets.executorch.xnnpack import CODES, NIBBLE_OFFSET, ROW_SCALES, SCALES
@@ -45,6 +45,9 @@ _DTYPES = {
     ScalarType.CHAR: torch.int8,
     ScalarType.HALF: torch.float16,
     ScalarType.FLOAT: torch.float32,
+    ScalarType.INT: torch.int32,
+    ScalarType.LONG: torch.int64,
+    ScalarType.BOOL: torch.bool,
 }
 
 _HEADER_BYTES = 64
@@ -113,6 +116,13 @@ class ProgramFile:
     def is_constant(self, value: object) -> bool:
         """Whether it is a tensor that lies in the file."""
         return isinstance(value, ProgramTensor) and value.data_buffer_idx > 0 and value.allocation_info is None
+
+    def is_finite(self) -> bool:
+        """Whether no constant and no number of the outer program is infinite or not a number."""
+        values = [value.val for value in self.forward.values]
+        floats = [value for value in values if self.is_constant(value) and _DTYPES[value.scalar_type].is_floating_point]
+        numbers = [float(value.double_val) for value in values if isinstance(value, Double)]
+        return all(map(math.isfinite, numbers)) and all(bool(self.constant(one).isfinite().all()) for one in floats)
 
     def call(self, kernel: str) -> list[ProgramTensor] | None:
         """The arguments of the only call of ``kernel``; None if there is no such call, or more than one."""
