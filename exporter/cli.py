@@ -24,6 +24,7 @@ from exporter.cli_options import (
     EvalTextOption,
     GroupSizeOption,
     HeadOption,
+    KvCacheOption,
     PrecisionOption,
     PreferOption,
     RulesOption,
@@ -125,6 +126,7 @@ def export(
         ),
     ] = None,
     context: ContextOption = None,
+    kv_cache: KvCacheOption = None,
     logits: Annotated[
         str | None,
         typer.Option("--logits", help="Positions the head answers for: last or all.", show_default="last"),
@@ -212,6 +214,7 @@ def export(
                 budget_mb=budget_mb,
                 max_kl=max_kl,
                 context=context,
+                kv_cache=kv_cache,
                 logits=logits,
                 calibration=corpus,
                 calibration_column=column,

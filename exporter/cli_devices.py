@@ -15,6 +15,7 @@ from exporter.cli_options import (
     DeviceOption,
     GroupSizeOption,
     HeadOption,
+    KvCacheOption,
     PrecisionOption,
     PreferOption,
     RulesOption,
@@ -43,6 +44,7 @@ def plan(
     group_size: GroupSizeOption = None,
     rules: RulesOption = None,
     context: ContextOption = None,
+    kv_cache: KvCacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Foresee an export from the checkpoint's config alone: size, memory on the device, speed, cost (exit 5: it will
@@ -69,6 +71,7 @@ def plan(
             group_size=group_size,
             rule=rules or None,
             context=context,
+            kv_cache=kv_cache,
         )
         choices, reasons = settle(asked, spec)
         made = make_plan(folder, **choices)

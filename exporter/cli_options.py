@@ -113,6 +113,15 @@ RulesOption = Annotated[
     ),
 ]
 
+KvCacheOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache",
+        help="int8: keys and values at a scale for each head of a token, in a third of the memory (executorch).",
+        show_default="floats",
+    ),
+]
+
 ContextOption = Annotated[
     int | None,
     typer.Option(

@@ -76,7 +76,7 @@ from exporter.spec import (
 from exporter.store import StoredWeight, StoreKey, WeightStore
 from exporter.texts import Texts, as_recorded, check_recorded, read_texts
 from exporter.tokenizer import Tokenizer
-from targets.base import Target
+from targets.base import INT8_CACHES, Target, arithmetic_for
 
 REPORT = "report.html"
 _FAILURES = {
@@ -322,6 +322,7 @@ def validate(
             context=artifact.context,
             logits=artifact.logits,
             prefer=artifact.prefer,
+            kv_cache=Precision.INT8 if artifact.arithmetic.kv_dtype == Precision.INT8 else None,
             recipe=recipe,
             sampling=sampling,
             corpus=corpus,
@@ -434,6 +435,11 @@ def refuse_early(plan: Plan, spec: ModelSpec, chosen: Mapping[str, Target]) -> N
             raise UsageError(f"target {label}: {reason}", hint="leave this target out, or change the option")
         if missing := target.missing():
             raise _missing(label, missing)
+        if plan.kv_cache and label not in INT8_CACHES:
+            raise UsageError(
+                f"target {label} has no cache of {plan.kv_cache}; those that have: {', '.join(INT8_CACHES)}",
+                hint="leave --kv-cache out, or this target",
+            )
     if plan.device:
         device = find_device(plan.device)
         refuse_what_does_not_fit(foresee(plan, spec, device), device)
@@ -490,12 +496,13 @@ def _refuse_full_disk(plan: Plan, spec: ModelSpec) -> None:
 def _quality_by_target(chosen: Mapping[str, Target], material: Material, *, progress: Progress) -> dict[str, Report]:
     """Before anything is lowered: it depends on codes and arithmetic alone."""
     store, graph, checkpoint = material.store, material.graph, material.store.checkpoint
-    prefer, passes, layers = material.plan.prefer, len(chosen) + 1, count(1)
+    passes, layers = len(chosen) + 1, count(1)
+    plan = replace(material.plan, scheme=store.scheme)
     return measure_quality(
         evaluation_windows(material.texts.evaluation, bos=graph.spec.bos_token_id, context=material.plan.context),
         truth=Reference(graph, _Original(checkpoint), FULL_PRECISION, keep_bytes=0),
         candidates={
-            label: Reference(graph, store, target.arithmetic(store.scheme, prefer), keep_bytes=0)
+            label: Reference(graph, store, arithmetic_for(target, plan), keep_bytes=0)
             for label, target in chosen.items()
         },
         budget_nats=material.plan.max_kl_nats or MEAN_KL_NATS[store.scheme.body],

@@ -10,7 +10,7 @@ from typing import Any, TypedDict, Unpack
 from exporter.checkpoint.config import read_spec
 from exporter.devices import find_device
 from exporter.errors import UsageError
-from exporter.forecast import fitting_context, is_roomy_for_int8, serving
+from exporter.forecast import fitting_context, is_roomy_for_int8, minimum_os, serving
 from exporter.spec import (
     EMBEDDING,
     GROUP_SIZES,
@@ -53,6 +53,7 @@ class Choices(TypedDict, total=False):
     budget_mb: float
     max_kl: float
     context: int
+    kv_cache: str
     logits: str
     calibration: str
     calibration_column: str
@@ -110,6 +111,7 @@ def plan(
         logits=Logits(_one_of("--logits", choices.get("logits", Logits.LAST), list(Logits))),
         prefer=prefer,
         device=choices.get("device"),
+        kv_cache=_kv_cache(choices.get("kv_cache")),
         out=Path(out),
         store=Path(store) if store else default_store(),
         evaluation_text=Path(text) if text else None,
@@ -145,6 +147,9 @@ def settle(choices: Choices, spec: ModelSpec) -> tuple[Choices, tuple[str, ...]]
         choices = {**choices, "context": fitting}
         why = "the default" if fitting == context else f"{context} would not fit {device.name}"
         reasons.append(f"--context {fitting}: {why}")
+    if system := minimum_os(label, device):
+        shipped = f"; {device.name} came with {device.os_shipped}" if device.os_shipped else ""
+        reasons.append(f"needs {system} or later{shipped}")
     return choices, tuple(reasons)
 
 
@@ -166,6 +171,8 @@ def choices_of(plan: Plan) -> Choices:
     }
     if plan.device is not None:
         chosen["device"] = plan.device
+    if plan.kv_cache is not None:
+        chosen["kv_cache"] = plan.kv_cache.value
     if scheme.body.bits:
         chosen |= {
             "head": scheme.head.value,
@@ -240,6 +247,10 @@ def _body(precision: str | None, *, prefer: Prefer) -> Precision:
             f"--prefer decode widens the groups of int4, --precision is {body}", hint="leave one of them out"
         )
     return body
+
+
+def _kv_cache(precision: str | None) -> Precision | None:
+    return None if precision is None else Precision(_one_of("--kv-cache", precision, [Precision.INT8.value]))
 
 
 def _widened(scheme: WeightScheme, *, asked: str | None, spec: ModelSpec) -> WeightScheme:

@@ -234,6 +234,7 @@ class Arithmetic:
     """Where the head's input is rounded in another way than the body's."""
     compute_dtype: str
     kv_dtype: str
+    """Of keys and values in the cache: fp32, fp16, or int8 at a scale for each head of a token."""
     dequantized_dtype: str = "fp32"
     """What code x scale is rounded to before it is used (Core ML: fp16)."""
 
@@ -286,6 +287,8 @@ class Plan:
     scheme: WeightScheme
     context: int
     """Positions the key-value cache holds."""
+    kv_cache: Precision | None = None
+    """How keys and values are kept; None: as the target does."""
     logits: Logits = Logits.LAST
     prefer: Prefer = Prefer.QUALITY
     recipe: Recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -80,6 +80,16 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
+INT8_CACHES = ("executorch",)
+"""Labels whose runtime can keep keys and values as int8."""
+
+
+def arithmetic_for(target: Target, plan: Plan) -> Arithmetic:
+    """What the runtime does with numbers in an artifact of this plan."""
+    arithmetic = target.arithmetic(plan.scheme, plan.prefer)
+    return replace(arithmetic, kv_dtype=plan.kv_cache.value) if plan.kv_cache else arithmetic
+
+
 def make_artifact(target: Target, *, spec: ModelSpec, plan: Plan, path: Path) -> Artifact:
     """What ``target`` has written at ``path`` for ``plan``, for its backend."""
     return Artifact(
@@ -88,7 +98,7 @@ def make_artifact(target: Target, *, spec: ModelSpec, plan: Plan, path: Path) ->
         path=path,
         spec=spec,
         scheme=plan.scheme,
-        arithmetic=target.arithmetic(plan.scheme, plan.prefer),
+        arithmetic=arithmetic_for(target, plan),
         context=plan.context,
         logits=plan.logits,
         prefer=plan.prefer,

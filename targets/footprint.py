@@ -61,7 +61,13 @@ class _Matrix:
 
 
 def footprint(
-    label: str, spec: ModelSpec, scheme: WeightScheme, *, context: int, prefer: Prefer = Prefer.QUALITY
+    label: str,
+    spec: ModelSpec,
+    scheme: WeightScheme,
+    *,
+    context: int,
+    prefer: Prefer = Prefer.QUALITY,
+    kv_cache: Precision | None = None,
 ) -> Footprint:
     """Of the artifact of ``label`` (``targets.label``) with a cache for ``context`` positions."""
     target, backend = targets.split(label)
@@ -72,7 +78,7 @@ def footprint(
     read = sum(matrix.size_bytes for matrix in body) + head.size_bytes
     shared = spec.tie_word_embeddings and target != "executorch"  # whose delegates hold their weights themselves
     stored = read + vectors + (0 if shared else embedding.size_bytes)
-    cache = _cache_bytes(spec, context=context, element_bytes=2 if target == "coreml" else 4)
+    cache = _cache(spec, context=context, floats=2 if target == "coreml" else 4, kv_cache=kv_cache)
     prompt = min(PROMPT, context)
     parts = {
         ("onnxruntime", "cpu"): _onnxruntime,
@@ -121,8 +127,10 @@ def _as_integers(name: str, prefer: Prefer) -> bool:
     return prefer is Prefer.PREFILL and name not in (EMBEDDING, HEAD)
 
 
-def _cache_bytes(spec: ModelSpec, *, context: int, element_bytes: int) -> Part:
-    size = 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * context * element_bytes
+def _cache(spec: ModelSpec, *, context: int, floats: int, kv_cache: Precision | None) -> Part:
+    """Of ``floats`` bytes each, or int8 with a scale and a zero point for each head of a token."""
+    head = spec.head_dim + 4 + 1 if kv_cache is Precision.INT8 else spec.head_dim * floats
+    size = 2 * spec.num_hidden_layers * spec.num_key_value_heads * head * context
     return Part(name=f"key-value cache, {context:,} positions", size_bytes=size)
 
 

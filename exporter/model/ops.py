@@ -5,12 +5,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from exporter.model.rope import rope_table, rotate
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    inv_freq: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    window: int,
+    chunk: int,
+    *,
+    rounded: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the op computes, of the same arguments. ``rounded``, where given, is what becomes of rotated queries, of
+    rotated new keys and of new values ``[B, heads, T, D]`` before anything is done with them: a cache of few bits."""
+    q, k, v = _split_heads(q, heads), _split_heads(k, kv_heads), _split_heads(v, kv_heads)
+    q, k = _rotate(q, k, inv_freq, first=past_k.shape[2])
+    if rounded:
+        q, k, v = rounded(q), rounded(k), rounded(v)
+    present_k = torch.cat([past_k, k], dim=2)  # [B, KV, P+T, D]
+    present_v = torch.cat([past_v, v], dim=2)
+    repeats = heads // kv_heads
+    context = torch.nn.functional.scaled_dot_product_attention(
+        q,
+        present_k.repeat_interleave(repeats, dim=1),
+        present_v.repeat_interleave(repeats, dim=1),
+        attn_mask=_visible(past_k.shape[2], q.shape[2], window=window, chunk=chunk),
+        scale=scale,
+    )
+    return _merge_heads(context), present_k, present_v
 
 
 @torch.library.custom_op("llama_export::attention", mutates_args=())
@@ -38,19 +73,7 @@ def attention(
     own chunk of ``chunk`` positions. Query heads h share the keys of head ``h // (heads / kv_heads)`` (Ainslie et al.
     2023, arXiv:2305.13245).
     """
-    q, k, v = _split_heads(q, heads), _split_heads(k, kv_heads), _split_heads(v, kv_heads)
-    q, k = _rotate(q, k, inv_freq, first=past_k.shape[2])
-    present_k = torch.cat([past_k, k], dim=2)  # [B, KV, P+T, D]
-    present_v = torch.cat([past_v, v], dim=2)
-    repeats = heads // kv_heads
-    context = torch.nn.functional.scaled_dot_product_attention(
-        q,
-        present_k.repeat_interleave(repeats, dim=1),
-        present_v.repeat_interleave(repeats, dim=1),
-        attn_mask=_visible(past_k.shape[2], q.shape[2], window=window, chunk=chunk),
-        scale=scale,
-    )
-    return _merge_heads(context), present_k, present_v
+    return attend(q, k, v, past_k, past_v, inv_freq, heads, kv_heads, scale, window, chunk)
 
 
 @attention.register_fake

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from exporter.model.eager import eager_table
-from exporter.model.graph import Graph, Node, Table, Value, Weight, walk
+from exporter.model.graph import Constant, Graph, Node, Table, Value, Weight, walk
+from exporter.model.ops import attend
 from exporter.quantized import QuantizedTensor
 from exporter.spec import SMALLEST_ABSMAX, Activations, Arithmetic, activation_block
 from exporter.store import StoredWeight
@@ -66,7 +67,8 @@ class Reference:
         self._kept_bytes = 0
         self._keep_bytes = keep_bytes
         self._caches = self._empty_caches(1)
-        self._table = {**eager_table(self._vector, linear=self._linear), "embedding": self._embedding}
+        table: Table = {**eager_table(self._vector, linear=self._linear), "embedding": self._embedding}
+        self._table = {**table, "attention": _attention_over_int8} if arithmetic.kv_dtype == "int8" else table
 
     @property
     def position(self) -> int:
@@ -84,8 +86,7 @@ class Reference:
     @torch.no_grad()
     def compute(self, node: Node, values: Mapping[Value, Tensor]) -> tuple[Tensor, ...]:
         """The results of one op of the graph on ``values`` of somebody else; nothing is remembered."""
-        table: Table = self._table
-        result = table[node.op](*(values[a] if isinstance(a, Value) else a for a in node.arguments))
+        result = self._table[node.op](*(values[a] if isinstance(a, Value) else a for a in node.arguments))
         return result if isinstance(result, tuple) else (result,)
 
     def rewind(self, position: int) -> None:
@@ -219,6 +220,15 @@ class _Matrix:
         whole = isinstance(self.stored, Tensor) and self.stored.dtype == torch.float32
         step = rows if whole else max(1, BLOCK_BYTES // (4 * columns))
         return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _attention_over_int8(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, inv_freq: Constant | None, *sizes: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values at one scale and zero point for each head of a token, which ExecuTorch's
+    ``llama::custom_quantized_sdpa`` takes apart from the codes; probabilities stay float32."""
+    frequencies = inv_freq.value if inv_freq else None
+    return attend(q, k, v, past_k, past_v, frequencies, *sizes, rounded=_int8_per_token)
 
 
 def round_activations(x: Tensor, activations: Activations, *, group_size: int) -> Tensor:

@@ -65,7 +65,7 @@ class ExecuTorchTarget:
         from targets.executorch.lower import write_program
 
         path = out / FILE_NAME
-        write_program(graph, store, path, context=plan.context, logits=plan.logits)
+        write_program(graph, store, path, context=plan.context, logits=plan.logits, kv_cache=plan.kv_cache)
         return make_artifact(self, spec=graph.spec, plan=plan, path=path)
 
     def find(self, bundle: Path) -> Path:
@@ -104,11 +104,11 @@ class ExecuTorchTarget:
     def open_structure(
         self, artifact: Artifact, *, graph: Graph, store: WeightStore, plan: Plan, scratch: Path
     ) -> Iterator[Runner]:
-        """With the codes of every linear as the float32 weight they stand for; an artifact without codes is its own
-        structure."""
+        """With the codes of every linear as the float32 weight they stand for, and a cache of floats; an artifact of
+        floats is its own structure."""
         from targets.executorch.lower import Dequantized, write_program
 
-        if self._rounds_activations(plan.scheme):
+        if self._rounds_activations(plan.scheme) or plan.kv_cache:
             path, matrices = scratch / FILE_NAME, Dequantized(store)
             write_program(graph, store, path, context=plan.context, logits=plan.logits, matrices=matrices)
             artifact = replace(artifact, path=path)

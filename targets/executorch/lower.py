@@ -23,7 +23,7 @@ from exporter.files import written_whole
 from exporter.model.graph import Constant, Graph, Table, Weight
 from exporter.model.reference import Weights
 from exporter.quantized import QuantizedTensor
-from exporter.spec import FINAL_NORM, Logits
+from exporter.spec import FINAL_NORM, Logits, Precision
 from exporter.store import StoredWeight
 from targets.executorch import border
 from targets.executorch.metadata import describe
@@ -34,7 +34,15 @@ with border.toolchain("be imported"):
     from executorch.exir import EdgeCompileConfig, EdgeProgramManager, ExecutorchProgramManager, to_edge
     from executorch.exir.lowered_backend_module import LoweredBackendModule
 
-    from targets.executorch.outer import Attention, LastPosition, Outer, RotaryTables, Step, embedding_module
+    from targets.executorch.outer import (
+        Attention,
+        Int8Attention,
+        LastPosition,
+        Outer,
+        RotaryTables,
+        Step,
+        embedding_module,
+    )
     from targets.executorch.xnnpack import Segment, Wire
 
 _EXAMPLE_LENGTH = 3
@@ -53,12 +61,19 @@ class Dequantized:
 
 
 def write_program(
-    graph: Graph, weights: Weights, path: Path, *, context: int, logits: Logits, matrices: Weights | None = None
+    graph: Graph,
+    weights: Weights,
+    path: Path,
+    *,
+    context: int,
+    logits: Logits,
+    kv_cache: Precision | None = None,
+    matrices: Weights | None = None,
 ) -> None:
     """Lower ``graph`` and write ``path``, whole or not at all. ``matrices``, where given, answers in place of
     ``weights`` for those of linears. Raises LoweringError."""
     with border.toolchain("lower the graph"):
-        outer = Walk(weights, matrices or weights, context=context, logits=logits).run(graph)
+        outer = Walk(weights, matrices or weights, context=context, logits=logits, kv_cache=kv_cache).run(graph)
         described = describe(graph.spec, context=context, longest=context, custom_attention=True)
         program = _compile(outer, context=context, described=described)
     with written_whole(path) as temporary, border.toolchain("write the program"), temporary.open("wb") as file:
@@ -77,11 +92,14 @@ def _let_go(outer: Outer) -> None:
 class Walk:
     """One walk over a graph: the table, the segment that is open, and the steps so far."""
 
-    def __init__(self, weights: Weights, matrices: Weights, *, context: int, logits: Logits) -> None:
+    def __init__(
+        self, weights: Weights, matrices: Weights, *, context: int, logits: Logits, kv_cache: Precision | None
+    ) -> None:
         self._weights = weights
         self._matrices = matrices
         self._context = context
         self._logits = logits
+        self._attends = Int8Attention if kv_cache is Precision.INT8 else Attention
         self._tokens, self._start = Wire((1, context)), Wire((1,))
         self._rotary: dict[str, tuple[Wire, Wire]] = {}
         self._segment = Segment()
@@ -170,7 +188,7 @@ class Walk:
         for wire in (q, k, v):
             segment.send(wire)
         self._close_segment()
-        module = Attention(context=self._context, kv_heads=kv_heads, head_dim=k.shape[-1], scale=scale)
+        module = self._attends(context=self._context, kv_heads=kv_heads, head_dim=k.shape[-1], scale=scale)
         context = Wire(q.shape)
         self._steps.append(Step(module, (q, k, v, self._start), (context,)))
         return self._segment.join_heads(context), None, None

@@ -126,6 +126,46 @@ class Attention(nn.Module):
         return context
 
 
+class Int8Attention(nn.Module):
+    """As ``Attention``, its cache int8: queries, keys and values each have a scale and a zero point for each head of a
+    token, [1, T, heads, 1]."""
+
+    def __init__(self, *, context: int, kv_heads: int, head_dim: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(1, context, kv_heads, head_dim, dtype=torch.int8))
+            self.register_buffer(f"{name}_zero_points", torch.zeros(1, context, kv_heads, 1, dtype=torch.int8))
+            self.register_buffer(f"{name}_scales", torch.ones(1, context, kv_heads, 1))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        for name, new in (("keys", k), ("values", v)):
+            for part, tensor in zip(("", "_zero_points", "_scales"), _int8(new), strict=True):
+                torch.ops.llama.update_cache(tensor, self.get_buffer(name + part), start)
+        cached = {
+            name + part: self.get_buffer(name + part)
+            for name in ("keys", "values")
+            for part in ("", "_zero_points", "_scales")
+        }
+        codes, zero_points, scales = _int8(q)
+        dropout, causal = 0.0, True
+        context: Tensor = torch.ops.llama.custom_quantized_sdpa(
+            *(codes, cached["keys"], cached["values"], start, None, dropout, causal, self.scale),
+            *(zero_points, scales),
+            *(cached["keys_zero_points"], cached["keys_scales"]),
+            *(cached["values_zero_points"], cached["values_scales"]),
+        )
+        return context
+
+
+def _int8(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 of the shape of ``x``, zero points int8 and scales float32, one of each for each row."""
+    library = torch.ops.quantized_decomposed
+    scales, zero_points = library.choose_qparams_per_token_asymmetric(x, torch.int8)
+    codes = library.quantize_per_token(x, scales, zero_points, -128, 127, torch.int8)
+    return codes, zero_points.to(torch.int8), scales.to(torch.float32)
+
+
 class LastPosition(nn.Module):
     """[1, T, H] -> [1, 1, H], so that the head is computed once a call."""
 
