@@ -31,6 +31,7 @@ class Anatomy:
         self.delegates: Counter[str] = Counter()
         self.payloads: list[Payload] = []
         self.delegate_bytes = 0
+        self.misfits: list[str] = []
         self.uses: list[Use] = []
         plan, kernels = file.forward, KernelUses(file, artifact)
         for call in (i.instr_args for chain in plan.chains for i in chain.instructions):
@@ -42,6 +43,10 @@ class Anatomy:
                     self.delegate_bytes += len(data)
                     payload = read_payload(data, backend=delegation.backend, file=file, artifact=artifact)
                     self.payloads.append(payload)
+                    if payload.arguments != len(call.args):
+                        self.misfits.append(
+                            f"a delegate has {payload.arguments} inputs and outputs, its call {len(call.args)}"
+                        )
                     self.uses += payload.uses
             elif isinstance(call, KernelCall):
                 name = plan.operators[call.op_index].name
@@ -83,6 +88,7 @@ def _faults(anatomy: Anatomy, artifact: Artifact, delegation: Delegation) -> Ite
     if left := sorted(anatomy.left_over.keys() - delegation.left_over):
         told = ", ".join(f"{anatomy.left_over[name]} x {name}" for name in left)
         yield f"{delegation.title} left over {told}"
+    yield from anatomy.misfits
     if not anatomy.is_finite:
         yield "a constant is not finite"
     try:

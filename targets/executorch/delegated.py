@@ -26,12 +26,13 @@ from targets.executorch.delegations import Delegation
 from targets.executorch.metadata import describe
 
 with border.toolchain("be imported"):
+    import executorch.extension.llm.custom_ops.custom_ops  # declares llama::*
     import executorch.kernels.quantized  # noqa: F401  (declares quantized_decomposed, for embeddings)
     import torchao.quantization.quant_primitives  # noqa: F401  (declares torchao::dequantize_affine)
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 
     from targets.executorch.outer import embedding_module
-    from targets.executorch.plain import Decoder, FiniteAttention, Form, FusedAttention
+    from targets.executorch.plain import CustomAttention, Decoder, FiniteAttention, Form, FusedAttention
 
 _CODE_BOUNDS = {4: (-8, 7), 8: (-128, 127)}
 """Of codes as torchao's op names their precision."""
@@ -155,7 +156,7 @@ def _vulkan_form(_dtype: torch.dtype) -> Form:
             return RowLinear(weight)
         return AffineLinear(weight, dtype=torch.float32, zeros=True)
 
-    return Form(embedding=embedding_module, linear=linear, attention=FiniteAttention)
+    return Form(embedding=embedding_module, linear=linear, attention=CustomAttention)
 
 
 def _vulkan_partitioners() -> list[Any]:
@@ -164,12 +165,12 @@ def _vulkan_partitioners() -> list[Any]:
     return [VulkanPartitioner({})]
 
 
-def _float_form(attention: type[FusedAttention | FiniteAttention]) -> Callable[[torch.dtype], Form]:
+def _float_form(_dtype: torch.dtype) -> Form:
     def linear(weight: StoredWeight) -> nn.Module:
         assert isinstance(weight, Tensor)  # the delegation takes no codes
         return FloatLinear(weight)
 
-    return lambda _dtype: Form(embedding=embedding_module, linear=linear, attention=attention)
+    return Form(embedding=embedding_module, linear=linear, attention=FiniteAttention)
 
 
 def _mps_partitioners() -> list[Any]:
@@ -189,6 +190,6 @@ def _arm_partitioners() -> list[Any]:
 RECIPES = {
     "coreml": Recipe(form=_coreml_form, partitioners=_coreml_partitioners),
     "vulkan": Recipe(form=_vulkan_form, partitioners=_vulkan_partitioners),
-    "mps": Recipe(form=_float_form(FusedAttention), partitioners=_mps_partitioners),
-    "arm": Recipe(form=_float_form(FiniteAttention), partitioners=_arm_partitioners),
+    "mps": Recipe(form=_float_form, partitioners=_mps_partitioners),
+    "arm": Recipe(form=_float_form, partitioners=_arm_partitioners),
 }

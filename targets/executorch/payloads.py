@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,11 +40,16 @@ class Held:
     transposed: bool = False
     """Whether whoever reads it does so through a transposition of its last two dimensions."""
 
+    def matrix_shape(self) -> tuple[int, ...]:
+        """``[N, K]`` of a linear that multiplies with it: without dimensions of 1. What is read as it lies is the
+        transpose of that."""
+        shape = tuple(size for size in self.shape if size > 1)
+        return shape if self.transposed else shape[::-1]
+
     def matrix(self) -> Tensor:
-        """As a linear's ``[N, K]``: without dimensions of 1, and as its reader sees it if that is ``x @ matrix.T``."""
-        rows, columns = (size for size in self.shape if size > 1)
-        matrix = self.read().view(rows, columns)
-        return matrix if self.transposed else matrix.mT.contiguous()
+        """Of the shape of ``matrix_shape``, two dimensions."""
+        shape = self.matrix_shape()
+        return self.read().view(shape) if self.transposed else self.read().view(shape[::-1]).mT.contiguous()
 
 
 @dataclass(slots=True)
@@ -57,11 +63,19 @@ class Payload:
     """Every constant."""
     numbers: list[float] = field(default_factory=list)
     """Every floating-point number that is an argument."""
+    arguments: int = 0
+    """Inputs and outputs: what a call has to bring."""
 
     def is_finite(self) -> bool:
         """Whether no constant and no number is infinite or not a number."""
         floats = (one for one in (held.read() for held in self.held) if one.is_floating_point())
         return all(map(math.isfinite, self.numbers)) and all(bool(one.isfinite().all()) for one in floats)
+
+
+def _add_linear(payload: Payload, held: Held | None, spec: ModelSpec) -> None:
+    """A product with a constant, where that has the shape of a weight: one with a rotary table has not."""
+    if held is not None and held.matrix_shape() in spec.weights().values():
+        payload.uses.append(Use("linear", lambda _name: held.matrix()))
 
 
 def _read_norm(held: Held) -> Callable[[str], StoredWeight]:
@@ -90,13 +104,12 @@ _VULKAN_DTYPES = {1: torch.uint8, 2: torch.int8, 3: torch.int32, 4: torch.float1
 def _read_vulkan(data: bytes, file: ProgramFile, artifact: Artifact) -> Payload:
     from executorch.backends.vulkan.serialization import vulkan_graph_schema as vk
     from executorch.backends.vulkan.serialization.vulkan_graph_serialize import (
-        VulkanDelegateHeader,
         extract_vk_flatbuffer,
         flatbuffer_to_vk_graph,
     )
 
-    del VulkanDelegateHeader
     graph, payload, spec = flatbuffer_to_vk_graph(extract_vk_flatbuffer(data)), Payload(), artifact.spec
+    payload.arguments = len(graph.input_ids) + len(graph.output_ids)
     held: dict[int, Held] = {}
     for index, entry in enumerate(graph.values):
         value = entry.value
@@ -119,10 +132,10 @@ def _read_vulkan(data: bytes, file: ProgramFile, artifact: Artifact) -> Payload:
             continue
         payload.ops.append(call.name)
         match call.name:
-            case "aten.linear.default" | "et_vk.linear.default" if constants[1]:
-                payload.uses.append(Use("linear", _read_linear(replace(constants[1], transposed=True))))
-            case "aten.mm.default" | "aten.bmm.default" if constants[1]:
-                payload.uses.append(Use("linear", _read_linear(constants[1])))
+            case "aten.linear.default" if constants[1]:
+                _add_linear(payload, replace(constants[1], transposed=True), spec)
+            case "aten.mm.default":
+                _add_linear(payload, constants[1], spec)
             case "et_vk.linear_q4gsw.default" if constants[1] and constants[2]:
                 payload.uses.append(Use("linear", _read_vulkan_int4(constants[1], constants[2])))
             case "aten._weight_int8pack_mm.default" if constants[1] and constants[2]:
@@ -132,10 +145,6 @@ def _read_vulkan(data: bytes, file: ProgramFile, artifact: Artifact) -> Payload:
             case "aten.mul.Tensor" if constants[1] and _is_norm(constants[1], spec):
                 payload.uses.append(Use("rms_norm", _read_norm(constants[1])))
     return payload
-
-
-def _read_linear(held: Held) -> Callable[[str], StoredWeight]:
-    return lambda _name: held.matrix()
 
 
 def _read_rows(codes: Held, scales: Held) -> Callable[[str], StoredWeight]:
@@ -168,33 +177,36 @@ def _read_coreml(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload
     folder = tempfile.TemporaryDirectory(prefix="llama-export-")  # constants are read when they are asked for
     if not executorchcoreml.unflatten_directory_contents(data, folder.name):
         raise LoweringError("a delegate holds no Core ML package", hint="lower the model again")
-    package = Package(Path(folder.name) / "model.mlpackage")
+    lowered = Path(folder.name) / "lowered_module"
+    names = json.loads((lowered / "metadata.json").read_text(encoding="utf-8"))
+    payload.arguments = len(names["inputNames"]) + len(names["outputNames"])
+    package = Package(lowered / "model.mlpackage")
     stored: dict[str, Callable[[str], StoredWeight]] = {}
     held: dict[str, Held] = {}
     for operation in package.operations:
         name = operation.outputs[0].name if operation.outputs else ""
         given = {key: [one.name for one in value.arguments] for key, value in operation.inputs.items()}
         if operation.type == "const":
-            _add_const(name, operation.attributes["val"], package, held, payload, keep=folder)
+            _add_const(name, operation.attributes["val"], package, held, keep=folder)
         elif operation.type == "constexpr_blockwise_shift_scale":
             stored[name] = _read_constexpr(operation, package, keep=folder)
             payload.ops.append(operation.type)
         else:
             payload.ops.append(operation.type)
             _add_coreml_use(operation.type, given, held=held, stored=stored, payload=payload, spec=artifact.spec)
+    payload.held = list(held.values())
     return payload
 
 
-def _add_const(
-    name: str, value: Any, package: Any, held: dict[str, Held], payload: Payload, *, keep: object
-) -> None:
-    if value.type.WhichOneof("type") != "tensorType":
-        return
-    shape = tuple(dimension.constant.size for dimension in value.type.tensorType.dimensions)
-    read = lambda: (package.constant(value), keep)[0]  # noqa: E731  (the folder lives as long as its constants)
-    if isinstance(read(), Tensor):
-        held[name] = Held(shape=shape, read=read, transposed=True)
-        payload.held.append(held[name])
+def _add_const(name: str, value: Any, package: Any, held: dict[str, Held], *, keep: object) -> None:
+    """A constant of floats; others, such as shapes, are none of the model's."""
+    from targets.coreml.package import MilType
+
+    tensor = value.type.tensorType
+    if tensor.dataType in (MilType.FLOAT16, MilType.FLOAT32):
+        shape = tuple(dimension.constant.size for dimension in tensor.dimensions)
+        # The folder lives as long as what is read from it.
+        held[name] = Held(shape=shape, read=lambda: (package.constant(value), keep)[0])
 
 
 def _read_constexpr(operation: Any, package: Any, *, keep: object) -> Callable[[str], StoredWeight]:
@@ -225,7 +237,7 @@ def _add_coreml_use(
             if name in stored:
                 payload.uses.append(Use("linear", stored[name]))
             elif name in held:
-                payload.uses.append(Use("linear", _read_linear(held[name])))
+                _add_linear(payload, replace(held[name], transposed=kind == "linear"), spec)
         case "gather":
             name = given["x"][0]
             if name in stored:
@@ -240,7 +252,6 @@ def _add_coreml_use(
 # --- Metal Performance Shaders -----------------------------------------------------------------------------------
 
 _MPS_HEADER = 24
-_MPS_DTYPES = {1: torch.float16, 2: torch.float32, 6: torch.int8, 8: torch.int32, 9: torch.int64, 15: torch.bool}
 _MPS_DTYPE_NAMES = {
     "mps_data_type_float16": torch.float16,
     "mps_data_type_float32": torch.float32,
@@ -256,6 +267,7 @@ def _read_mps(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload:
     payload, spec = Payload(), artifact.spec
     segment = int.from_bytes(data[8:16], "little")
     graph = _decompiled(data[_MPS_HEADER:segment], package="executorch.backends.apple.mps.serialization")
+    payload.arguments = len(graph["input_ids"]) + len(graph["output_ids"])
     held: dict[int, Held] = {}
     for index, value in enumerate(graph["mps_values"]):
         size, offset = int(value["constant_buffer_size"]), segment + int(value.get("segment_offset", 0))
@@ -272,8 +284,8 @@ def _read_mps(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload:
         if kind in _THROUGH and first:
             turned = kind == "MPSPermute"
             held[fields["output_id"]] = replace(first, transposed=first.transposed ^ turned)
-        elif kind == "MPSMatMul" and second:
-            payload.uses.append(Use("linear", _read_linear(second)))
+        elif kind == "MPSMatMul":
+            _add_linear(payload, second, spec)
         elif kind == "MPSMul" and second and _is_norm(second, spec):
             payload.uses.append(Use("rms_norm", _read_norm(second)))
         elif kind == "MPSEmbedding" and (table := held.get(fields.get("weight_id", fields.get("input1_id", -1)))):
@@ -289,8 +301,17 @@ def _decompiled(flatbuffer: bytes, *, package: str) -> dict[str, Any]:
         schema.write_bytes((resources.files(package) / "schema.fbs").read_bytes())
         binary.write_bytes(flatbuffer)
         _flatc_decompile(str(folder), str(schema), str(binary), ["--raw-binary"])
-        graph: dict[str, Any] = json.loads(binary.with_suffix(".json").read_text(encoding="utf-8"))
+        text = _NOT_FINITE.sub(_as_python_writes_it, binary.with_suffix(".json").read_text(encoding="utf-8"))
+        graph: dict[str, Any] = json.loads(text)
         return graph
+
+
+_NOT_FINITE = re.compile(r"(?<=: )-?(inf|nan)\b")
+"""What flatc writes for a number that JSON has no word for."""
+
+
+def _as_python_writes_it(found: re.Match[str]) -> str:
+    return found[0].replace("inf", "Infinity").replace("nan", "NaN")
 
 
 def _tensor(contents: bytes, *, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -315,6 +336,7 @@ def _read_tosa(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload:
     names = {number: name for name, number in vars(Op).items() if isinstance(number, int)}
     payload, spec = Payload(), artifact.spec
     block = TosaGraph.GetRootAs(data, 0).Regions(0).Blocks(0)
+    payload.arguments = block.InputsLength() + block.OutputsLength()
     held: dict[str, Held] = {}
     for index in range(block.TensorsLength()):
         tensor = block.Tensors(index)
@@ -338,10 +360,10 @@ def _read_tosa(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload:
         if kind in _TOSA_THROUGH and first:
             turned = kind == "TRANSPOSE"
             held[operator.Outputs(0).decode()] = replace(first, transposed=first.transposed ^ turned)
-        elif kind == "MATMUL" and second:
-            payload.uses.append(Use("linear", _read_linear(second)))
+        elif kind == "MATMUL":
+            _add_linear(payload, second, spec)
         elif kind == "CONV2D" and second:
-            payload.uses.append(Use("linear", _read_linear(replace(second, transposed=True))))
+            _add_linear(payload, replace(second, transposed=True), spec)
         elif kind == "MUL":
             norms = [one for one in (first, second) if one and _is_norm(one, spec)]
             payload.uses.extend(Use("rms_norm", _read_norm(one)) for one in norms)

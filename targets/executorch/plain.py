@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -261,11 +262,45 @@ class FusedAttention(Attention):
         return context.float().reshape(1, 1, -1)
 
 
+class CustomAttention(Attention):
+    """One token at a time by ExecuTorch's own ops, for backends that have kernels for them and keep the cache."""
+
+    keys_shape = "1skd"
+
+    def __init__(self, node: Node, *, head_dim: int, context: int, dtype: torch.dtype) -> None:
+        super().__init__(node, head_dim=head_dim, context=context, dtype=dtype)
+        self._refuse_part()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, here: Here) -> Tensor:
+        start = here.once("start", lambda: self._start(here))
+        q, k, v = (x.view(1, 1, -1, self.head_dim) for x in (q, k, v))  # [1, 1, H or KV, D]
+        if self.rotary:
+            look_up = partial(F.embedding, here.input_pos)
+            cos, sin = here.once(("tables", self.rotary), lambda: self._tables(look_up))  # [1, D/2]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        torch.ops.llama.update_cache(k, self.keys, start)
+        torch.ops.llama.update_cache(v, self.values, start)
+        dropout, causal = 0.0, True
+        context: Tensor = torch.ops.llama.custom_sdpa(
+            q, self.keys, self.values, start, None, dropout, causal, self.scale
+        )
+        return context.reshape(1, 1, -1)
+
+    def _start(self, here: Here) -> Any:
+        start = here.input_pos[0].item()
+        torch._check(start >= 0)
+        torch._check(start < self.context)
+        return start
+
+
 class FiniteAttention(Attention):
     """One token at a time in the fewest kinds of ops: sums, products, a softmax, and no number that is not finite.
 
     Positions are float32 numbers, and a comparison of two is arithmetic on their difference: a row of the cache is
     kept, or replaced, by a product with 1 or 0, which is exact, and so is a row of a table looked up by one.
+
+    The new cache is copied over the old one by an op of its own: a partitioner takes a buffer for a constant of its
+    delegate where no op that reads it is the one that changes it (executorch 1.4.1, ``tag_constant_data``).
     """
 
     keys_shape = "kds"
@@ -277,7 +312,7 @@ class FiniteAttention(Attention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, here: Here) -> Tensor:
         ahead = here.once("ahead", lambda: self.positions - here.input_pos.float())  # [1, S]: how far after the token
-        is_here = here.once("is_here", lambda: (1.0 - ahead.abs()).clamp(min=0.0))
+        is_here = here.once("is_here", lambda: (1.0 - ahead.abs()).clamp(min=0.0, max=1.0))
         mask = here.once("mask", lambda: ahead.clamp(min=0.0, max=1.0) * MASKED)
         q, k, v = (x.view(self.kv_heads, -1, self.head_dim) for x in (q, k, v))  # [KV, r or 1, D]
         if self.rotary:
