@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from targets.base import Target
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "executorch": ("xnnpack",),
+    "executorch": (
+        *("xnnpack", "portable", "coreml", "vulkan", "mps", "arm"),
+        *("openvino", "ethos-u", "vgf", "qnn", "mediatek"),
+    ),
     "onnxruntime": ("cpu", "qnn", "webgpu", "wasm", "coreml", "nnapi", "xnnpack"),
     "coreml": ("gpu", "ane"),
 }

@@ -124,6 +124,60 @@ class ExecuTorchTarget:
         return observe(artifact, graph, calls, threads=threads)
 
 
+class PortableTarget(ExecuTorchTarget):
+    """The same file format with no delegate in it: ExecuTorch's own kernels compute everything, in float32."""
+
+    backend: str = "portable"
+    format: ClassVar[str] = ".pte, an ExecuTorch program of its own kernels"
+
+    def refuse(self, spec: ModelSpec, plan: Plan) -> str | None:
+        if plan.prefer is Prefer.PREFILL:
+            return "--prefer prefill changes nothing here, no kernel multiplies int8 with int8"
+        return super().refuse(spec, plan)
+
+    def arithmetic(self, scheme: WeightScheme, prefer: Prefer = Prefer.QUALITY) -> Arithmetic:
+        return Arithmetic(activations=Activations.FLOAT, compute_dtype="fp32", kv_dtype="fp32")
+
+    def lower(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> Artifact:
+        from targets.base import make_artifact
+        from targets.executorch.portable import write_program
+
+        path = out / FILE_NAME
+        write_program(graph, store, path, context=plan.context, logits=plan.logits)
+        return make_artifact(self, spec=graph.spec, plan=plan, path=path)
+
+    def read_weights(self, artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
+        from targets.executorch.portable import read_weights
+
+        return read_weights(artifact)
+
+    def runtime(self) -> str:
+        from targets.executorch.border import installed_version
+
+        return f"executorch {installed_version()}, its own kernels"
+
+    def open(self, artifact: Artifact, *, threads: int) -> AbstractContextManager[Runner]:
+        from targets.executorch.portable import longest
+        from targets.executorch.runner import ProgramRunner
+
+        return ProgramRunner(artifact, threads=threads, longest=longest(artifact.context))
+
+    def observe(self, artifact: Artifact, *, graph: Graph, calls: Sequence[Sequence[int]], threads: int) -> Observation:
+        from targets.executorch.observe import observe_portable
+
+        return observe_portable(artifact, graph, calls, threads=threads)
+
+    def on(self, compute_units: str) -> Target:
+        raise UsageError(f"--compute-units {compute_units}: these kernels run on the CPU only", hint="leave it out")
+
+
 def load(backend: str) -> Target:
     """What serves ``backend``, one of ``targets.BACKENDS``."""
-    return {"xnnpack": ExecuTorchTarget}[backend]()
+    from targets.executorch.delegations import DELEGATIONS, PROBES
+    from targets.executorch.elsewhere import DelegatedTarget, ProbedTarget
+
+    if backend in DELEGATIONS:
+        return DelegatedTarget(DELEGATIONS[backend])
+    if backend in PROBES:
+        return ProbedTarget(PROBES[backend])
+    return {"xnnpack": ExecuTorchTarget, "portable": PortableTarget}[backend]()

@@ -23,9 +23,10 @@ from exporter.files import written_whole
 from exporter.model.graph import Constant, Graph, Table, Weight
 from exporter.model.reference import Weights
 from exporter.quantized import QuantizedTensor
-from exporter.spec import FINAL_NORM, Logits, ModelSpec, Precision
+from exporter.spec import FINAL_NORM, Logits, Precision
 from exporter.store import StoredWeight
 from targets.executorch import border
+from targets.executorch.metadata import describe
 
 with border.toolchain("be imported"):
     import executorch.extension.llm.custom_ops.custom_ops  # registers llama::*
@@ -73,7 +74,8 @@ def write_program(
     ``weights`` for those of linears. Raises LoweringError."""
     with border.toolchain("lower the graph"):
         outer = Walk(weights, matrices or weights, context=context, logits=logits, kv_cache=kv_cache).run(graph)
-        program = _compile(outer, context=context, described=describe(graph.spec, context=context))
+        described = describe(graph.spec, context=context, longest=context, custom_attention=True)
+        program = _compile(outer, context=context, described=described)
     with written_whole(path) as temporary, border.toolchain("write the program"), temporary.open("wb") as file:
         program.write_to_file(file)
     _let_go(outer)
@@ -85,24 +87,6 @@ def _let_go(outer: Outer) -> None:
     for module in outer.modules():
         if isinstance(module, LoweredBackendModule):
             module.named_data_store_output.buffers.clear()
-
-
-def describe(spec: ModelSpec, *, context: int) -> dict[str, Any]:
-    """The constant methods by which a runner knows the model; ``get_max_seq_len`` is the true bound of one call."""
-    described: dict[str, Any] = {
-        "get_max_seq_len": context,
-        "get_max_context_len": context,
-        "get_vocab_size": spec.vocab_size,
-        "get_n_layers": spec.num_hidden_layers,
-        "use_kv_cache": True,
-        "use_sdpa_with_kv_cache": True,
-        "enable_dynamic_shape": True,
-    }
-    if spec.eos_token_ids:
-        described["get_eos_ids"] = list(spec.eos_token_ids)
-    if spec.bos_token_id is not None:
-        described["get_bos_id"] = spec.bos_token_id
-    return described
 
 
 class Walk:

@@ -9,16 +9,18 @@ reference rounds them to the same codes.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
+from exporter.errors import LoweringError
 from exporter.model.graph import Graph, Node, Value, Weight
 from exporter.spec import Artifact
 from targets.base import Observation
 from targets.executorch.opened import Call, OpenProgram, Place
+from targets.executorch.read import EMBEDDING_KERNELS
 from targets.executorch.runner import ProgramRunner
 from targets.executorch.xnnpack import CODES
 
@@ -85,10 +87,26 @@ class Taps:
         return [None, None, None]
 
 
+AsInGraph = Callable[[Value, Tensor, int], Tensor]
+"""A value as the program has it -> as the graph does, with so many positions filled in the cache."""
+
+
 def observe(artifact: Artifact, graph: Graph, calls: Sequence[Sequence[int]], *, threads: int) -> Observation:
     """Every value of ``Taps``. Raises LoweringError, and as ``ProgramRunner``."""
     program = OpenProgram(artifact.path)
-    taps = Taps(program, graph).found
+    return run_open(artifact, program, Taps(program, graph).found, calls, as_in_graph=_as_in_graph, threads=threads)
+
+
+def run_open(
+    artifact: Artifact,
+    program: OpenProgram,
+    taps: Mapping[Value, Place],
+    calls: Sequence[Sequence[int]],
+    *,
+    as_in_graph: AsInGraph,
+    threads: int,
+) -> Observation:
+    """Write a program that gives the values of ``taps`` too, and feed it ``calls``."""
     seen = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / artifact.path.name
@@ -98,12 +116,71 @@ def observe(artifact: Artifact, graph: Graph, calls: Sequence[Sequence[int]], *,
             for ids in calls:
                 outputs = runner.feed_for_all(ids)
                 end = runner.position
-                seen.append({v: _as_in_graph(v, outputs[numbers[place]], end=end) for v, place in taps.items()})
+                seen.append({value: as_in_graph(value, outputs[numbers[place]], end) for value, place in taps.items()})
     return Observation(arithmetic=artifact.arithmetic, calls=seen)
 
 
-def _as_in_graph(value: Value, tensor: Tensor, *, end: int) -> Tensor:
+def _as_in_graph(value: Value, tensor: Tensor, end: int) -> Tensor:
     """Heads side by side, as the graph has them, and only what is filled of a cache."""
     if value.index:  # of attention, the only op with more than one result
         return tensor[:, :end].transpose(1, 2)  # [1, KV, end, D]
     return tensor.flatten(2)
+
+
+class PortableTaps:
+    """As ``Taps``, for a program of plain kernels: they come in the order of the graph, so that the next one of the
+    kind that a node ends in is its own."""
+
+    def __init__(self, program: OpenProgram, graph: Graph) -> None:
+        self._calls = program.calls
+        self._next = 0
+        self.found: dict[Value, Place] = {}
+        for node in graph.nodes:
+            for index, place in enumerate(self._tap(node)):
+                self.found[Value(node.name, index)] = place
+
+    def _tap(self, node: Node) -> Sequence[Place]:
+        match node.op:
+            case "embedding":
+                rows = self._after(*EMBEDDING_KERNELS)
+                widened = self._calls[self._next]  # where the table is float16
+                return [widened.output if widened.kind == "dim_order_ops::_to_dim_order_copy" else rows.output]
+            case "linear":
+                call = self._after("aten::linear", "quantized_decomposed::mixed_linear")
+                return [call.output if call.kind == "aten::linear" else self._after("aten::unsqueeze_copy").output]
+            case "rms_norm":
+                self._after("aten::rsqrt")
+                self._after("aten::mul")
+                return [self._after("aten::mul").output]
+            case "silu":
+                self._after("aten::sigmoid")
+                return [self._after("aten::mul").output]
+            case "attention":
+                keys, values = (self._after("aten::index_put_").output for _ in range(2))
+                self._after("aten::bmm")
+                self._after("aten::bmm")
+                return [self._after("dim_order_ops::_clone_dim_order").output, keys, values]
+        return [self._after(f"aten::{node.op}").output]
+
+    def _after(self, *kinds: str) -> Call:
+        """The next call of one of those kinds. Raises LoweringError where there is none."""
+        for number in range(self._next, len(self._calls)):
+            if self._calls[number].kind in kinds:
+                self._next = number + 1
+                return self._calls[number]
+        raise LoweringError(f"the program calls {' or '.join(kinds)} less often than the graph", hint="lower it again")
+
+
+def observe_portable(artifact: Artifact, graph: Graph, calls: Sequence[Sequence[int]], *, threads: int) -> Observation:
+    """Every value of ``PortableTaps``. Raises LoweringError, and as ``ProgramRunner``."""
+    program = OpenProgram(artifact.path)
+    taps = PortableTaps(program, graph).found
+    return run_open(artifact, program, taps, calls, as_in_graph=_as_in_portable, threads=threads)
+
+
+def _as_in_portable(value: Value, tensor: Tensor, end: int) -> Tensor:
+    if value.index == 1:
+        return tensor[:, :, :end].mT.unsqueeze(0)  # keys [KV, D, S] -> [1, KV, end, D]
+    if value.index == 2:
+        return tensor[:, :end].unsqueeze(0)  # values [KV, S, D]
+    return tensor if tensor.ndim == 3 else tensor.flatten(1).unsqueeze(0)  # context [T, KV, r, D] -> [1, T, H*D]

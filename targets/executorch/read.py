@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -27,12 +27,12 @@ with border.toolchain("be imported"):
     from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
     from executorch.exir._serialize._program import _get_extended_header
     from executorch.exir.scalar_type import ScalarType
-    from executorch.exir.schema import BackendDelegate, KernelCall, Program
+    from executorch.exir.schema import BackendDelegate, Double, ExecutionPlan, KernelCall, Program
     from executorch.exir.schema import Tensor as ProgramTensor
 
     from targets.executorch.xnnpack import CODES, NIBBLE_OFFSET, ROW_SCALES, SCALES
 
-_BITS_OF_KERNEL = {
+EMBEDDING_KERNELS = {
     "aten::embedding": None,
     "quantized_decomposed::embedding_byte": 8,
     "quantized_decomposed::embedding_4bit": 4,
@@ -45,6 +45,9 @@ _DTYPES = {
     ScalarType.CHAR: torch.int8,
     ScalarType.HALF: torch.float16,
     ScalarType.FLOAT: torch.float32,
+    ScalarType.INT: torch.int32,
+    ScalarType.LONG: torch.int64,
+    ScalarType.BOOL: torch.bool,
 }
 
 _HEADER_BYTES = 64
@@ -105,9 +108,25 @@ class ProgramFile:
             )
         return self._tensor(self.program.segments[self._named[key]].offset, shape=shape, dtype=dtype)
 
+    @property
+    def forward(self) -> ExecutionPlan:
+        (plan,) = [plan for plan in self.program.execution_plan if plan.name == "forward"]
+        return plan
+
+    def is_constant(self, value: object) -> bool:
+        """Whether it is a tensor that lies in the file."""
+        return isinstance(value, ProgramTensor) and value.data_buffer_idx > 0 and value.allocation_info is None
+
+    def is_finite(self) -> bool:
+        """Whether no constant and no number of the outer program is infinite or not a number."""
+        values = [value.val for value in self.forward.values]
+        floats = [value for value in values if self.is_constant(value) and _DTYPES[value.scalar_type].is_floating_point]
+        numbers = [float(value.double_val) for value in values if isinstance(value, Double)]
+        return all(map(math.isfinite, numbers)) and all(bool(self.constant(one).isfinite().all()) for one in floats)
+
     def call(self, kernel: str) -> list[ProgramTensor] | None:
         """The arguments of the only call of ``kernel``; None if there is no such call, or more than one."""
-        (plan,) = [plan for plan in self.program.execution_plan if plan.name == "forward"]
+        plan = self.forward
         indices = {index for index, operator in enumerate(plan.operators) if operator.name == kernel}
         instructions = [instruction.instr_args for chain in plan.chains for instruction in chain.instructions]
         calls = [call for call in instructions if isinstance(call, KernelCall) and call.op_index in indices]
@@ -134,18 +153,23 @@ class ProgramFile:
 
 
 def _read_embedding(file: ProgramFile) -> StoredWeight:
-    for kernel, bits in _BITS_OF_KERNEL.items():
+    for kernel, bits in EMBEDDING_KERNELS.items():
         arguments = file.call(kernel)
         if arguments is None:
             continue
-        table = file.constant(arguments[0])
-        if bits is None:
-            return table
-        codes = table if bits == 8 else unpack_int4(((table << 4) | (table >> 4)) ^ NIBBLE_OFFSET)
-        return _quantized(EMBEDDING, codes, file.constant(arguments[1]), bits=bits)
+        return read_table(file, arguments, bits=bits)
     raise LoweringError(
-        f"the program calls no embedding kernel that is known: {', '.join(_BITS_OF_KERNEL)}", hint=_AGAIN
+        f"the program calls no embedding kernel that is known: {', '.join(EMBEDDING_KERNELS)}", hint=_AGAIN
     )
+
+
+def read_table(file: ProgramFile, arguments: Sequence[ProgramTensor], *, bits: int | None) -> StoredWeight:
+    """An embedding as the ``arguments`` of its kernel say, one of ``EMBEDDING_KERNELS``."""
+    table = file.constant(arguments[0])
+    if bits is None:
+        return table
+    codes = table if bits == 8 else unpack_int4(((table << 4) | (table >> 4)) ^ NIBBLE_OFFSET)
+    return quantized(EMBEDDING, codes, file.constant(arguments[1]), bits=bits)
 
 
 def _read_delegated(file: ProgramFile, name: str, shape: tuple[int, ...]) -> StoredWeight:
@@ -156,16 +180,18 @@ def _read_delegated(file: ProgramFile, name: str, shape: tuple[int, ...]) -> Sto
     rows, columns = shape
     if file.size(name + CODES) == elements:
         codes = file.named(name + CODES, shape=shape, dtype=torch.int8)
-        return _quantized(name, codes, file.named(name + SCALES, shape=(rows, 1), dtype=torch.float32), bits=8)
+        return quantized(name, codes, file.named(name + SCALES, shape=(rows, 1), dtype=torch.float32), bits=8)
     packed = file.named(name + CODES, shape=(rows, columns // 2), dtype=torch.uint8)
     if name + ROW_SCALES in file:
         scales = file.named(name + ROW_SCALES, shape=(rows, 1), dtype=torch.float32)
     else:
         groups = file.size(name + SCALES) // (rows * torch.bfloat16.itemsize)
         scales = file.named(name + SCALES, shape=(rows, groups), dtype=torch.bfloat16).float()
-    return _quantized(name, unpack_int4(packed ^ NIBBLE_OFFSET), scales, bits=4)
+    return quantized(name, unpack_int4(packed ^ NIBBLE_OFFSET), scales, bits=4)
 
 
-def _quantized(name: str, codes: Tensor, scales: Tensor, *, bits: int) -> QuantizedTensor:
+def quantized(name: str, codes: Tensor, scales: Tensor, *, bits: int) -> QuantizedTensor:
+    """Scales ``[N]`` are those of rows; the group size follows from how many there are."""
+    scales = scales.view(len(codes), -1)
     group_size = codes.shape[1] // max(1, scales.shape[1])
     return QuantizedTensor(name=name, bits=bits, group_size=group_size, codes=codes, scales=scales)

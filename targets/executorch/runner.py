@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from exporter.errors import CapacityError, ExportError, LoweringError, MissingToolError
-from exporter.spec import Artifact
+from exporter.spec import Artifact, Logits
 from targets.base import check_feed, check_rewind
 from targets.executorch.border import INSTALL, installed_version
 
@@ -36,6 +36,8 @@ _END_TIMEOUT_S = 10
 class ProgramRunner:
     """One loaded program with one key-value cache; a worker process holds it.
 
+    ``longest``: the tokens that the program takes in one call at most, where that is not its whole context; more are
+    fed in pieces.
     Raises MissingToolError where ExecuTorch is not installed, LoweringError where it cannot load the program, and
     CapacityError where the system ended the worker.
     """
@@ -43,9 +45,10 @@ class ProgramRunner:
     load_s: float
     steps_s: Sequence[float]
 
-    def __init__(self, artifact: Artifact, *, threads: int) -> None:
+    def __init__(self, artifact: Artifact, *, threads: int, longest: int | None = None) -> None:
         installed_version()
         self._artifact = artifact
+        self._longest = longest or artifact.context
         self._position = 0
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed in close)
         self._log_read = 0
@@ -78,7 +81,16 @@ class ProgramRunner:
         return self._position
 
     def feed(self, ids: Sequence[int]) -> Tensor:
-        return self._call([list(ids)], ids)[0][0]
+        check_feed(ids, position=self._position, artifact=self._artifact)
+        pieces = [list(ids[first : first + self._longest]) for first in range(0, len(ids), self._longest)]
+        if self._artifact.logits is Logits.LAST:
+            return self._call(pieces, ids)[0][0]
+        rows, steps_s = [], list[float]()
+        for piece in pieces:
+            rows.append(self._call([piece], piece)[0][0])
+            steps_s += self.steps_s
+        self.steps_s = steps_s
+        return torch.cat(rows)
 
     def feed_for_all(self, ids: Sequence[int]) -> list[Tensor]:
         """``feed``, for everything that the program gives, which is float32 throughout: the logits first."""

@@ -46,6 +46,7 @@ from exporter.spec import (
 )
 from exporter.store import StoredWeight, WeightStore
 from targets import load
+from targets.base import Target
 from targets.executorch import border
 from targets.executorch.runner import ProgramRunner
 from tests.conftest import clear_tokens
@@ -87,7 +88,16 @@ CONFIG = {
 class Lowered:
     """A lowered model with all that it was made from."""
 
-    def __init__(self, checkpoint: Path, scheme: WeightScheme, logits: Logits, *, context: int, out: Path) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        scheme: WeightScheme,
+        logits: Logits,
+        *,
+        context: int,
+        out: Path,
+        target: Target = TARGET,
+    ) -> None:
         opened = open_checkpoint(checkpoint)
         self.store, _ = quantize(opened, scheme, root=out / "store")
         self.graph = trace(opened.spec)
@@ -104,7 +114,7 @@ class Lowered:
             evaluation_text=out / "unused.txt",
             threads=1,
         )
-        self.artifact = TARGET.lower(self.graph, self.store, self.plan, out)
+        self.artifact = target.lower(self.graph, self.store, self.plan, out)
 
     def reference(self, arithmetic: Arithmetic | None = None, *, noise: float = 0.0) -> Reference:
         return Reference(self.graph, self.store, arithmetic or self.artifact.arithmetic, noise=noise)
