@@ -97,10 +97,10 @@ class Graph:
 
         Without ``head`` it gives as logits what the head would read, [1, T, H].
         """
-        enters, leaves = self._read_by(0), self._read_by(layers.stop) if layers else self._read_by(0)
-        renamed = {self._read_by(self.spec.num_hidden_layers): leaves}
+        enters, leaves = self.read_by(0), self.read_by(layers.stop) if layers else self.read_by(0)
+        renamed = {self.read_by(self.spec.num_hidden_layers): leaves}
         if layers:
-            renamed[self._read_by(layers.start)] = enters
+            renamed[self.read_by(layers.start)] = enters
         nodes = tuple(
             replace(node, arguments=tuple(renamed.get(a, a) if isinstance(a, Value) else a for a in node.arguments))
             for node in self.nodes
@@ -120,7 +120,7 @@ class Graph:
             },
         )
 
-    def _read_by(self, layer: int) -> Value:
+    def read_by(self, layer: int) -> Value:
         """The hidden states that come into a decoder layer; for the number of layers, those that leave the last."""
         made_in = {node.name: node.layer for node in self.nodes}
         own = layer if layer < self.spec.num_hidden_layers else None

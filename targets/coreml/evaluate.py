@@ -32,6 +32,9 @@ BLOCK_BYTES = 64 << 20
 
 
 _FLOATS = (MilType.FLOAT16, MilType.FLOAT32)
+_NARROW = (MilType.UINT16, MilType.INT16)
+_FREE = {"layer_norm": ("gamma", "beta", "epsilon")}
+"""Arguments that may be of another float type than the op's first (iOS 17's ``layer_norm``: type domains T and U)."""
 
 
 class Rounding(Enum):
@@ -48,26 +51,46 @@ class State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """A constant [N, K] that is decoded where it is read, by rows."""
+    """A constant [N, K], or [N, K, 1, 1] of a convolution, that is decoded where it is read, by rows."""
 
     shape: tuple[int, ...]
     decode: Callable[[slice | Tensor], Tensor]
-    """Of the rows asked for (int64 ``[n]``): float32 ``[n, K]``."""
+    """Of the rows asked for (int64 ``[n]``): float32 ``[n, K]`` or ``[n, K, 1, 1]``."""
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def blocks(self) -> Iterator[Tensor]:
-        count, columns = self.shape
+        count, columns = self.shape[0], math.prod(self.shape[1:])
         step = max(1, BLOCK_BYTES // (4 * columns))
         return (self.decode(slice(start, start + step)) for start in range(0, count, step))
 
 
-class Evaluator:
-    """One loaded package with its states. Floats are float32 tensors, holding float16 values where they are rounded."""
+class Kept:
+    """Decoded constants of one or more evaluators, up to ``KEEP_BYTES`` of them in all."""
 
-    def __init__(self, path: Path, *, rounding: Rounding) -> None:
-        self._package = Package(path)
+    def __init__(self) -> None:
+        self.values: dict[Any, Any] = {}
+        self.size_bytes = 0
+
+
+class Evaluator:
+    """One function of a loaded package with its states. Floats are float32 tensors, holding float16 values where they
+    are rounded.
+
+    Functions of one package may share their ``states`` (by name), and any evaluators what they have ``kept``.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        rounding: Rounding,
+        function: str = "main",
+        states: Mapping[str, State] | None = None,
+        kept: Kept | None = None,
+    ) -> None:
+        self._package = Package(path, function)
         self._rounding = rounding
         self._constants: dict[str, Any] = {}
         self._operations: list[Any] = []
@@ -76,14 +99,18 @@ class Evaluator:
                 self._constants[operation.outputs[0].name] = operation
             else:
                 self._operations.append(operation)
-        self._kept: dict[str, Any] = {}
-        self._kept_bytes = 0
+        self._keys = {name: self._package.key(operation) for name, operation in self._constants.items()}
+        self._kept = kept or Kept()
         self._inputs = [value for value in self._package.inputs if not _is_state(value)]
-        self.states = {
-            value.name: State(_static_shape(value.type.stateType.wrappedType.tensorType))
+        shapes = {
+            value.name: _static_shape(value.type.stateType.wrappedType.tensorType)
             for value in self._package.inputs
             if _is_state(value)
         }
+        self.states = {name: states[name] if states else State(shape) for name, shape in shapes.items()}
+        for name, state in self.states.items():
+            if tuple(state.value.shape) != shapes[name]:
+                raise _fault(f"state {name} is {list(state.value.shape)}, function {function} has {list(shapes[name])}")
         _refuse_what_core_ml_would(self._package)
         self._dead_after = _last_uses(self._operations, keep={*self._package.outputs, *self.states})
 
@@ -129,17 +156,18 @@ class Evaluator:
         """A value, or a constant: decoded and kept if there is room, else as ``Rows`` where the op takes them."""
         if name in values:
             return values[name]
-        if name in self._kept:
-            return self._kept[name]
         if name not in self._constants:
             raise _fault(f"value {name} is used before it is computed")
         operation = self._constants[name]
+        key = self._keys[name]
+        if key in self._kept.values:
+            return self._kept.values[key]
         size = 4 * math.prod(_static_shape(operation.outputs[0].type.tensorType))
-        if self._kept_bytes + size > KEEP_BYTES:
+        if self._kept.size_bytes + size > KEEP_BYTES:
             return self._rows(operation) if by_rows else self._decode(operation)
-        self._kept[name] = self._decode(operation)
-        self._kept_bytes += size
-        return self._kept[name]
+        self._kept.values[key] = self._decode(operation)
+        self._kept.size_bytes += size
+        return self._kept.values[key]
 
     def _decode(self, operation: Any) -> Any:
         if operation.type == QUANTIZED:
@@ -197,7 +225,8 @@ class Evaluator:
 
 
 def decompress(*, data: Tensor, scale: Tensor) -> Tensor:
-    """``constexpr_blockwise_shift_scale``: codes int8 [N, K] times float16 scales [N, K / g], exact in float32."""
+    """``constexpr_blockwise_shift_scale``: codes int8 [N, K, ...] times float16 scales [N, K / g, ...], exact in
+    float32."""
     blocks = [size // count for size, count in zip(data.shape, scale.shape, strict=True)]
     if any(block * count != size for block, count, size in zip(blocks, scale.shape, data.shape, strict=True)):
         raise ValueError(f"scales {list(scale.shape)} do not divide codes {list(data.shape)}")
@@ -227,8 +256,45 @@ def _gather(*, x: Tensor | Rows, indices: Tensor, axis: Tensor, batch_dims: Tens
     if indices.amin() < 0 or indices.amax() >= len(x):
         raise ValueError(f"indices {indices.amin()} to {indices.amax()} are outside of {len(x)} rows")
     if isinstance(x, Rows):
-        return x.decode(indices.flatten()).view(*indices.shape, -1)
-    return F.embedding(indices, x)
+        return x.decode(indices.flatten()).view(*indices.shape, *x.shape[1:])
+    return x[indices]
+
+
+def _conv(
+    *,
+    x: Tensor,
+    weight: Tensor | Rows,
+    strides: Tensor,
+    pad_type: str,
+    pad: Tensor,
+    dilations: Tensor,
+    groups: Tensor,
+) -> Tensor:
+    """A 1x1 convolution: a linear at each place of [B, K, height, width]."""
+    if len(weight.shape) != 4 or tuple(weight.shape[2:]) != (1, 1) or groups != 1 or pad_type != "valid":
+        raise ValueError(f"a convolution of {list(weight.shape)} in {int(groups)} groups, padded {pad_type}")
+    if any(strides != 1) or any(dilations != 1) or any(pad):
+        raise ValueError("a 1x1 convolution that skips or pads")
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x {list(x.shape)} and weight {list(weight.shape)} do not fit")
+    blocks = weight.blocks() if isinstance(weight, Rows) else iter([weight])
+    channels_last = x.movedim(1, -1)
+    return torch.cat([F.linear(channels_last, block.flatten(1)) for block in blocks], dim=-1).movedim(-1, 1)
+
+
+def _matmul(*, x: Tensor, y: Tensor, transpose_x: Tensor, transpose_y: Tensor) -> Tensor:
+    if x.shape[:-2] != y.shape[:-2]:
+        raise ValueError(f"x {list(x.shape)} and y {list(y.shape)} differ in batch dimensions")
+    return (x.mT if transpose_x else x) @ (y.mT if transpose_y else y)
+
+
+def _layer_norm(*, x: Tensor, axes: Tensor, gamma: Tensor, epsilon: Tensor) -> Tensor:
+    """Over one axis, without an offset; computed whole before its result is rounded."""
+    (axis,) = axes.tolist()
+    if gamma.shape != (x.shape[axis],):
+        raise ValueError(f"gains {list(gamma.shape)} do not fit axis {axis} of {list(x.shape)}")
+    last = x.movedim(axis, -1)
+    return F.layer_norm(last, last.shape[-1:], weight=gamma, eps=float(epsilon)).movedim(-1, axis)
 
 
 def _cast(*, x: Tensor, dtype: str) -> Tensor:
@@ -321,9 +387,11 @@ def _describe(operation: Any) -> str:
     return f"{operation.type!r} ({name})"
 
 
-def _names(operation: Any) -> Iterator[str]:
-    """Of the values that an operation reads."""
-    for argument in operation.inputs.values():
+def _names(operation: Any, *, leave_out: Mapping[str, Collection[str]] | None = None) -> Iterator[str]:
+    """Of the values that an operation reads; ``leave_out``: but not as these arguments of an op."""
+    for key, argument in operation.inputs.items():
+        if leave_out and key in leave_out.get(operation.type, ()):
+            continue
         for binding in argument.arguments:
             if binding.WhichOneof("binding") == "name":
                 yield binding.name
@@ -346,7 +414,9 @@ def _refuse_what_core_ml_would(package: Package) -> None:
         if operation.type not in ("const", QUANTIZED, *OPS):
             raise _fault(f"MIL op {_describe(operation)} is not one that the evaluator knows: {', '.join(OPS)}")
         floats |= {value.name: value.type.tensorType.dataType for value in operation.outputs}
-        kinds = {floats[name] for name in _names(operation) if floats.get(name) in _FLOATS}
+        if operation.type == "gather" and any(floats.get(name) in _NARROW for name in _names(operation)):
+            raise _fault(f"MIL op {_describe(operation)} looks up rows by 16-bit numbers: they end at 65,535")
+        kinds = {floats[name] for name in _names(operation, leave_out=_FREE) if floats.get(name) in _FLOATS}
         if len(kinds) > 1:
             found = ", ".join(sorted(MilType.Name(kind) for kind in kinds))
             raise _fault(f"MIL op {_describe(operation)} mixes {found}")
@@ -368,10 +438,13 @@ OPS: dict[str, Callable[..., Any]] = {
     "add": _elementwise(torch.add),
     "cast": _cast,
     "concat": _concat,
+    "conv": _conv,
     "expand_dims": _expand_dims,
     "gather": _gather,
     "identity": lambda *, x: x,
+    "layer_norm": _layer_norm,
     "linear": _linear,
+    "matmul": _matmul,
     "mul": _elementwise(torch.mul),
     "read_state": lambda *, input: input.value,
     "reduce_mean": lambda *, x, axes, keep_dims: x.mean(dim=axes.tolist(), keepdim=bool(keep_dims)),
@@ -382,6 +455,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "silu": lambda *, x: F.silu(x),
     "slice_by_size": _slice_by_size,
     "slice_update": _slice_update,
+    "softmax": lambda *, x, axis: x.softmax(dim=int(axis)),
     "split": _split,
     "square": lambda *, x: x * x,
     "squeeze": _squeeze,
@@ -393,7 +467,7 @@ OPS: dict[str, Callable[..., Any]] = {
 """MIL op -> what it computes, with the parameter names of MIL; the definitions are in coremltools' ``iOS15`` to
 ``iOS18`` op modules (``coremltools.converters.mil.mil.ops.defs``)."""
 
-_BY_ROWS = {"gather": "x", "linear": "weight"}
+_BY_ROWS = {"conv": "weight", "gather": "x", "linear": "weight"}
 """The argument that an op takes by ``Rows``, too."""
 
 _MOVES = frozenset(

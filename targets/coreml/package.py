@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from exporter.errors import InputError, LoweringError
 from exporter.files import sha256
 from exporter.quantized import QuantizedTensor
-from exporter.spec import Artifact
+from exporter.spec import Artifact, ModelSpec
 from exporter.store import StoredWeight
 from targets.coreml.blob import WeightFile
 from targets.coreml.toolchain import MIL_pb2, Model_pb2
@@ -39,21 +40,29 @@ def mil_name(name: str) -> str:
 
 
 class Package:
-    """A saved package, opened for reading. Raises InputError where it is not what it should be."""
+    """One function of a saved package, opened for reading. Raises InputError where it is not what it should be."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, function: str = "main") -> None:
         model = Model_pb2.Model()
         try:
             model.ParseFromString((path / "Data" / _MODEL).read_bytes())
         except Exception as error:  # protobuf's own, or the file system's
             raise InputError(f"{path} holds no Core ML model: {error}", hint="make the artifact again") from error
         self.description = model.description
-        function = model.mlProgram.functions["main"]
-        self.inputs = function.inputs
-        block = function.block_specializations[function.opset]
+        if function not in model.mlProgram.functions:
+            known = ", ".join(sorted(model.mlProgram.functions))
+            raise InputError(f"{path} has no function {function!r}, only: {known}", hint="make the artifact again")
+        program = model.mlProgram.functions[function]
+        self.inputs = program.inputs
+        block = program.block_specializations[program.opset]
         self.operations = block.operations
         self.outputs: list[str] = list(block.outputs)
+        self.path = path
         self._folder = path / "Data" / _DATA
+
+    def key(self, operation: Any) -> tuple[Path, bytes]:
+        """Equal for constants of any functions of one package that are the same bytes of its weight file."""
+        return self.path, operation.SerializeToString(deterministic=True)
 
     @cached_property
     def _weights(self) -> WeightFile:
@@ -89,24 +98,36 @@ def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
 
     Raises LoweringError for a compressed constant that is no weight of the model, such as a RoPE table.
     """
-    package = Package(artifact.path)
-    names = {mil_name(name): name for name in artifact.spec.weights()}
-    for operation in package.operations:
-        name = names.get(operation.outputs[0].name) if operation.outputs else None
-        if operation.type == QUANTIZED:
-            if name is None:
+    return weights_in([Package(artifact.path)], artifact.spec)
+
+
+def weights_in(packages: Iterable[Package], spec: ModelSpec) -> Iterator[tuple[str, StoredWeight]]:
+    """``read_weights`` of some functions; what two functions of a package read from the same bytes comes once."""
+    names = {mil_name(name): name for name in spec.weights()}
+    seen: set[tuple[Path, bytes]] = set()
+    for package in packages:
+        for operation in package.operations:
+            name = names.get(operation.outputs[0].name) if operation.outputs else None
+            if operation.type == QUANTIZED and name is None:
                 raise LoweringError(
-                    f"{artifact.path} stores {operation.outputs[0].name} as codes, which is no weight of the model",
+                    f"{package.path} stores {operation.outputs[0].name} as codes, which is no weight of the model",
                     hint="make the artifact again",
                 )
-            yield name, _quantized(name, operation, package)
-        elif operation.type == "const" and name is not None:
-            yield name, package.constant(operation.attributes["val"])
+            if name is None or operation.type not in (QUANTIZED, "const"):
+                continue
+            key = package.key(operation)
+            if key in seen:
+                continue
+            seen.add(key)
+            if operation.type == QUANTIZED:
+                yield name, _quantized(name, operation, package)
+            else:
+                yield name, _in_shape(package.constant(operation.attributes["val"]), spec.weights()[name])
 
 
 def _quantized(name: str, operation: Any, package: Package) -> QuantizedTensor:
     data, scale = (operation.inputs[key].arguments[0].value for key in ("data", "scale"))
-    codes, scales = package.constant(data), package.constant(scale)
+    codes, scales = (package.constant(part).flatten(1) for part in (data, scale))  # of a convolution: [N, K, 1, 1]
     return QuantizedTensor(
         name=name,
         bits=4 if data.type.tensorType.dataType == MilType.INT4 else 8,
@@ -114,6 +135,15 @@ def _quantized(name: str, operation: Any, package: Package) -> QuantizedTensor:
         codes=codes,
         scales=scales.float(),
     )
+
+
+def _in_shape(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A float weight without the kernel of a convolution, [N, K, 1, 1], and one time where it is there twice, as the
+    gains of a layer_norm over [x, -x]; as it is where it is neither."""
+    if tuple(value.shape) == (*shape, 1, 1):
+        return value.view(shape)
+    first, second = value.chunk(2) if len(value) == 2 * shape[0] else (value, value)
+    return first.contiguous() if torch.equal(first, second) else value
 
 
 def finish(path: Path, *, model_name: str) -> None:

@@ -34,7 +34,8 @@ with quiet():
     try:
         import coremltools as ct
         from coremltools.converters.mil import Builder as mb  # noqa: N813  (its own documentation's name)
-        from coremltools.converters.mil.mil import get_new_symbol, types
+        from coremltools.converters.mil.converter import mil_convert
+        from coremltools.converters.mil.mil import Function, Program, get_new_symbol, types
         from coremltools.converters.mil.mil.passes import pass_pipeline
         from coremltools.proto import MIL_pb2, Model_pb2
     except ImportError as error:
@@ -44,11 +45,14 @@ with quiet():
         ) from error
 
 __all__ = [
+    "Function",
     "MIL_pb2",
     "Model_pb2",
+    "Program",
     "ct",
     "get_new_symbol",
     "mb",
+    "mil_convert",
     "quiet",
     "types",
     "without_progress_bars",

@@ -1,0 +1,187 @@
+"""Core ML for Apple's Neural Engine: fixed lengths, 1x1 convolutions, float16 throughout, scales per row.
+
+Light to import, as the package is: coremltools comes in only where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from exporter.errors import UsageError
+from exporter.files import folder_in_progress, put_in_place
+from exporter.spec import Artifact, ModelSpec, Plan, Precision, Prefer, WeightScheme
+from targets.coreml import CoreMLTarget, executes_here
+from targets.coreml.ane_parts import parts_of
+
+if TYPE_CHECKING:
+    from exporter.model.graph import Graph
+    from exporter.store import StoredWeight, WeightStore
+    from targets.base import Observation, Runner
+
+PREFILL_TOKENS = 64
+"""What a prefill takes at a time, or the context where that is shorter. ANEMLL's default batch; ExecuTorch's static
+Llama takes 32. Longer ones gain little where a call is bound by arithmetic, and pad more."""
+
+STATE_MULTIPLE = 32
+"""The Neural Engine refuses states of other widths (https://github.com/apple/coremltools/issues/2631: 256 runs, 270
+does not), and what is laid out by rows of 64 bytes gains from it anyway."""
+
+_SUFFIX = ".mlpackage"
+_WHOLE = f"model{_SUFFIX}"
+_PARTS = "model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemSupport:
+    """What an ML Program may hold where it has to run on that system."""
+
+    ios: int
+    macos: int
+    int8_per_row: bool
+    """``constexpr_affine_dequantize`` of iOS 16, or its successor of iOS 18."""
+    palettes: bool
+    """``constexpr_lut_to_dense`` of iOS 16: 1 to 8 bits, one table a tensor before iOS 18."""
+    int4: bool
+    """``constexpr_blockwise_shift_scale`` of iOS 18, per row or by blocks: iOS 16's op has no 4-bit codes."""
+    states: bool
+    """``read_state`` and ``MLState``: a cache that the model keeps."""
+    functions: bool
+    """Several functions in one package, sharing weights."""
+
+
+SYSTEMS = (
+    SystemSupport(ios=16, macos=13, int8_per_row=True, palettes=True, int4=False, states=False, functions=False),
+    SystemSupport(ios=17, macos=14, int8_per_row=True, palettes=True, int4=False, states=False, functions=False),
+    SystemSupport(ios=18, macos=15, int8_per_row=True, palettes=True, int4=True, states=True, functions=True),
+)
+"""From coremltools' op sets: ``coremltools/converters/mil/mil/ops/defs/{iOS16,iOS17,iOS18}`` (constexpr_ops.py,
+compression.py, states.py), and ``ct.utils.save_multifunction``, which asks for iOS 18."""
+
+
+def refuse_system(ios: int) -> str | None:
+    """Why a package of this backend cannot run on that iOS, in one sentence; None if it can."""
+    known = [system for system in SYSTEMS if system.ios <= ios]
+    if not known:
+        return f"iOS {ios} runs no ML Program with compressed weights: iOS 18 or later is needed"
+    system = known[-1]
+    wanted = {"states": "a cache that the model keeps", "functions": "several functions in a package"}
+    missing = [words for field, words in wanted.items() if not getattr(system, field)]
+    return f"iOS {ios} has not {' and not '.join(missing)}: iOS 18 or later is needed" if missing else None
+
+
+class AneTarget(CoreMLTarget):
+    backends: ClassVar[tuple[str, ...]] = ("ane",)
+    format: ClassVar[str] = ".mlpackage of fixed lengths for the Neural Engine, iOS 18 and macOS 15"
+
+    def __init__(self, compute_units: str = "CPU_AND_NE") -> None:
+        super().__init__(compute_units)
+
+    def refuse(self, spec: ModelSpec, plan: Plan) -> str | None:
+        if plan.prefer is Prefer.PREFILL:
+            return "--prefer prefill changes nothing here, activations are float16 in any case"
+        return _refuse_precision(spec, plan.scheme) or _refuse_states(spec, plan.context)
+
+    def lower(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> Artifact:
+        from targets.base import make_artifact
+        from targets.coreml.ane_lower import lower
+
+        parts = parts_of(graph.spec, plan.scheme)
+        path = out / (_WHOLE if len(parts) == 1 else _PARTS)
+        with folder_in_progress(out, _PARTS) as folder:
+            for part in parts:
+                lower(
+                    graph,
+                    store,
+                    plan,
+                    part,
+                    folder / f"{part.name}{_SUFFIX}",
+                    prefill_length=prefill_length(plan.context),
+                )
+            put_in_place(folder / _WHOLE if len(parts) == 1 else folder, path)
+        return make_artifact(self, spec=graph.spec, plan=plan, path=path)
+
+    def find(self, bundle: Path) -> Path:
+        """One package, or a folder of those that a model is split into."""
+        return bundle / _PARTS if (bundle / _PARTS).is_dir() else bundle / _WHOLE
+
+    def read_weights(self, artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
+        from targets.coreml.ane_lower import DECODE, PREFILL
+        from targets.coreml.package import Package, weights_in
+
+        packages = (Package(path, name) for path in packages_of(artifact) for name in (PREFILL, DECODE))
+        return weights_in(packages, artifact.spec)
+
+    def open(self, artifact: Artifact, *, threads: int) -> AbstractContextManager[Runner]:
+        """Core ML chooses its own threads; the evaluator is never measured."""
+        from targets.coreml.ane_runner import AneRunner, load_with_core_ml, load_with_evaluator
+        from targets.coreml.evaluate import Rounding
+
+        packages, length = packages_of(artifact), prefill_length(artifact.context)
+        if executes_here():
+            units = self._compute_units
+            return AneRunner(artifact, lambda: load_with_core_ml(packages, compute_units=units), prefill_length=length)
+        return AneRunner(artifact, lambda: load_with_evaluator(packages, Rounding.FP16), prefill_length=length)
+
+    def open_structure(
+        self,
+        artifact: Artifact,
+        *,
+        graph: Graph,
+        store: WeightStore,
+        plan: Plan,
+        scratch: Path,
+    ) -> AbstractContextManager[Runner]:
+        from targets.coreml.ane_runner import AneRunner, load_with_evaluator
+        from targets.coreml.evaluate import Rounding
+
+        packages, length = packages_of(artifact), prefill_length(artifact.context)
+        return AneRunner(artifact, lambda: load_with_evaluator(packages, Rounding.NONE), prefill_length=length)
+
+    def observe(self, artifact: Artifact, *, graph: Graph, calls: Sequence[Sequence[int]], threads: int) -> Observation:
+        raise UsageError(
+            "--bisect knows no values inside the packages of Core ML's ane backend",
+            hint="bisect the same model on the gpu backend, whose ops lie side by side with the reference's",
+        )
+
+
+def prefill_length(context: int) -> int:
+    return min(PREFILL_TOKENS, context)
+
+
+def packages_of(artifact: Artifact) -> list[Path]:
+    """In the order in which they run."""
+    if artifact.path.suffix == _SUFFIX:
+        return [artifact.path]
+    layers = sorted(artifact.path.glob(f"layers-*{_SUFFIX}"))
+    return [artifact.path / f"embedding{_SUFFIX}", *layers, artifact.path / f"head{_SUFFIX}"]
+
+
+def _refuse_precision(spec: ModelSpec, scheme: WeightScheme) -> str | None:
+    matrices = {name: shape for name, shape in spec.weights().items() if len(shape) == 2}
+    for name, (_, columns) in matrices.items():
+        precision, group_size = scheme.precision(name), scheme.groups(name, columns=columns)
+        if precision is Precision.FP32:
+            return (
+                f"{name} is to be fp32, but the Neural Engine computes in float16: pass --precision fp16, int8 or int4"
+            )
+        if precision is Precision.INT4 and group_size != columns:
+            return (
+                f"int4 has a scale for each {group_size} columns here, but the Neural Engine decodes one scale per row "
+                "only: pass --group-size row"
+            )
+    return None
+
+
+def _refuse_states(spec: ModelSpec, context: int) -> str | None:
+    found = {"head_dim": spec.head_dim, "the context": context}
+    odd = [f"{what} is {size}" for what, size in found.items() if size % STATE_MULTIPLE]
+    if not odd:
+        return None
+    sizes = f"the Neural Engine wants the last sizes of a state to be multiples of {STATE_MULTIPLE}"
+    if spec.head_dim % STATE_MULTIPLE:
+        return f"{sizes}, but {' and '.join(odd)}: take --backend gpu for this model"
+    return f"{sizes}, but {odd[0]}: pass --context {max(STATE_MULTIPLE, context // STATE_MULTIPLE * STATE_MULTIPLE)}"

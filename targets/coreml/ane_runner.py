@@ -1,0 +1,140 @@
+"""Tokens in, logits out, where lengths are fixed: full chunks through ``prefill``, single tokens through ``decode``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exporter.errors import HostError
+from exporter.spec import Artifact, Logits
+from targets.base import check_feed, check_rewind, one_by_one
+from targets.coreml.ane_lower import DECODE, HIDDEN, NEXT_HIDDEN, PREFILL
+from targets.coreml.evaluate import Evaluator, Kept, Rounding
+from targets.coreml.package import Package
+from targets.coreml.toolchain import ct, quiet
+
+Step = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""One function of one package, from the features that it reads to those that it gives."""
+
+Functions = Mapping[str, Sequence[Step]]
+"""By the name of a function, that of every package, in the order in which they run. All of a package share its states,
+which are empty at first."""
+
+
+def load_with_evaluator(packages: Sequence[Path], rounding: Rounding) -> Functions:
+    kept = Kept()
+    prefills = [Evaluator(path, rounding=rounding, function=PREFILL, kept=kept) for path in packages]
+    decodes = [
+        Evaluator(path, rounding=rounding, function=DECODE, kept=kept, states=prefill.states)
+        for path, prefill in zip(packages, prefills, strict=True)
+    ]
+    return {PREFILL: prefills, DECODE: decodes}
+
+
+def load_with_core_ml(packages: Sequence[Path], *, compute_units: str) -> Functions:
+    """On the processors that ``coremltools.ComputeUnit`` calls so. Raises HostError where Core ML does not load it."""
+    functions: dict[str, list[Step]] = {PREFILL: [], DECODE: []}
+    for path in packages:
+        state: Any = None
+        for name, steps in functions.items():
+            try:
+                with quiet():
+                    units = ct.ComputeUnit[compute_units]
+                    model = ct.models.MLModel(str(path), compute_units=units, function_name=name)
+                    state = state or model.make_state()
+            except Exception as error:  # whatever the framework reports
+                raise HostError(f"Core ML does not load {path}: {error}", hint="macOS 15 or later is needed") from error
+            steps.append(_step(model, state, reads=input_names(Package(path, name))))
+    return functions
+
+
+def _step(model: Any, state: Any, *, reads: Sequence[str]) -> Step:
+    def predict(features: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        outputs = model.predict({name: features[name].numpy() for name in reads}, state=state)
+        return {name: torch.from_numpy(value) for name, value in outputs.items()}
+
+    return predict
+
+
+def input_names(package: Package) -> list[str]:
+    """Of the features that a function reads, without its states."""
+    return [value.name for value in package.inputs if value.type.WhichOneof("type") == "tensorType"]
+
+
+class AneRunner:
+    """One model in one or more packages, with one key-value cache. ``load`` gives their functions, with empty caches.
+
+    As with open lengths, what lies in the cache behind the current position is never looked at, so that rewinding is a
+    matter of the position alone, and the last chunk of a prompt may be padded.
+    """
+
+    def __init__(self, artifact: Artifact, load: Callable[[], Functions], *, prefill_length: int) -> None:
+        self._artifact = artifact
+        self._length = prefill_length
+        self._position = 0
+        started = time.perf_counter()
+        self._functions: Functions | None = load()
+        self.load_s = time.perf_counter() - started
+        self.steps_s: Sequence[float] = ()
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    def feed(self, ids: Sequence[int]) -> Tensor:
+        """A rest that fills no prefill is padded to one, or decoded token by token where the context has no room for
+        the padding."""
+        assert self._functions is not None, "the runner is closed"
+        check_feed(ids, position=self._position, artifact=self._artifact)
+        started = time.perf_counter()
+        rest, logits = list(ids), []
+        while rest:
+            fits = self._position + self._length <= self._artifact.context
+            length = self._length if fits and len(rest) > 1 else 1
+            chunk, rest = rest[:length], rest[length:]
+            logits.append(self._call(chunk, length=length))
+            self._position += len(chunk)
+        self.steps_s = (time.perf_counter() - started,)
+        return logits[-1] if self._artifact.logits is Logits.LAST else torch.cat(logits)
+
+    def _call(self, ids: Sequence[int], *, length: int) -> Tensor:
+        """Logits of ``ids``, which are padded to ``length``: [n or 1, V]."""
+        assert self._functions is not None, "the runner is closed"
+        padded = [*ids, *[0] * (length - len(ids))]
+        features: dict[str, Tensor] = {
+            "inputIds": torch.tensor([padded], dtype=torch.int32),
+            "position": torch.tensor([self._position], dtype=torch.int32),
+            "causalMask": causal_mask(self._position, length=length, context=self._artifact.context),
+            "lastToken": torch.tensor([len(ids) - 1], dtype=torch.int32),
+        }
+        for step in self._functions[PREFILL if length > 1 else DECODE]:
+            features |= step(features)
+            features[HIDDEN] = features.pop(NEXT_HIDDEN, torch.empty(0))
+        return features["logits"][0, : len(ids)].float()
+
+    def feed_each(self, ids: Sequence[int]) -> Tensor:
+        return one_by_one(self, ids)
+
+    def rewind(self, position: int) -> None:
+        check_rewind(position, current=self._position)
+        self._position = position
+
+    def close(self) -> None:
+        self._functions = None
+
+    def __enter__(self) -> AneRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def causal_mask(position: int, *, length: int, context: int) -> Tensor:
+    """float16 [1, 1, length, context]: 0 up to and including a query's own position, -inf beyond it."""
+    blocked = torch.ones(length, context, dtype=torch.bool).triu(diagonal=position + 1)
+    return torch.zeros(blocked.shape, dtype=torch.float16).masked_fill(blocked, float("-inf"))[None, None]
