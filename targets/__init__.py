@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 BACKENDS: dict[str, tuple[str, ...]] = {
     "executorch": ("xnnpack",),
     "onnxruntime": ("cpu",),
-    "coreml": ("gpu",),
+    "coreml": ("gpu", "ane"),
 }
 """What executes inside each target; the first is the default."""
 

@@ -110,7 +110,7 @@ class CoreMLTarget:
                 f"--compute-units {compute_units}: Core ML runs these packages on macOS 15 and later only",
                 hint="leave it out, the evaluator then takes its place; or validate on a Mac",
             )
-        return CoreMLTarget(compute_units)
+        return type(self)(compute_units)
 
     def is_slow(self, spec: ModelSpec) -> bool:
         return spec.is_large and not executes_here()
@@ -146,4 +146,6 @@ class CoreMLTarget:
 
 def load(backend: str) -> Target:
     """What serves ``backend``, one of ``targets.BACKENDS``."""
-    return {"gpu": CoreMLTarget}[backend]()
+    from targets.coreml.ane import AneTarget
+
+    return {"gpu": CoreMLTarget, "ane": AneTarget}[backend]()

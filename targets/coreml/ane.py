@@ -74,7 +74,7 @@ def refuse_system(ios: int) -> str | None:
 
 
 class AneTarget(CoreMLTarget):
-    backends: ClassVar[tuple[str, ...]] = ("ane",)
+    backend: str = "ane"
     format: ClassVar[str] = ".mlpackage of fixed lengths for the Neural Engine, iOS 18 and macOS 15"
 
     def __init__(self, compute_units: str = "CPU_AND_NE") -> None:
