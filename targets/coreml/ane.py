@@ -5,6 +5,7 @@ Light to import, as the package is: coremltools comes in only where it is used.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -90,19 +91,18 @@ class AneTarget(CoreMLTarget):
         from targets.coreml.ane_lower import lower
 
         parts = parts_of(graph.spec, plan.scheme)
-        path = out / (_WHOLE if len(parts) == 1 else _PARTS)
+        whole, split = out / _WHOLE, out / _PARTS
         with folder_in_progress(out, _PARTS) as folder:
             for part in parts:
-                lower(
-                    graph,
-                    store,
-                    plan,
-                    part,
-                    folder / f"{part.name}{_SUFFIX}",
-                    prefill_length=prefill_length(plan.context),
-                )
-            put_in_place(folder / _WHOLE if len(parts) == 1 else folder, path)
-        return make_artifact(self, spec=graph.spec, plan=plan, path=path)
+                file = folder / f"{part.name}{_SUFFIX}"
+                lower(graph, store, plan, part, file, prefill_length=min(PREFILL_TOKENS, plan.context))
+            if len(parts) == 1:
+                put_in_place(folder / _WHOLE, whole)
+                shutil.rmtree(split, ignore_errors=True)  # of an earlier plan
+            else:
+                put_in_place(folder, split)
+                shutil.rmtree(whole, ignore_errors=True)
+        return make_artifact(self, spec=graph.spec, plan=plan, path=self.find(out))
 
     def find(self, bundle: Path) -> Path:
         """One package, or a folder of those that a model is split into."""
@@ -120,11 +120,10 @@ class AneTarget(CoreMLTarget):
         from targets.coreml.ane_runner import AneRunner, load_with_core_ml, load_with_evaluator
         from targets.coreml.evaluate import Rounding
 
-        packages, length = packages_of(artifact), prefill_length(artifact.context)
+        packages, units = packages_of(artifact), self._compute_units
         if executes_here():
-            units = self._compute_units
-            return AneRunner(artifact, lambda: load_with_core_ml(packages, compute_units=units), prefill_length=length)
-        return AneRunner(artifact, lambda: load_with_evaluator(packages, Rounding.FP16), prefill_length=length)
+            return AneRunner(artifact, packages, lambda: load_with_core_ml(packages, compute_units=units))
+        return AneRunner(artifact, packages, lambda: load_with_evaluator(packages, Rounding.FP16))
 
     def open_structure(
         self,
@@ -138,18 +137,14 @@ class AneTarget(CoreMLTarget):
         from targets.coreml.ane_runner import AneRunner, load_with_evaluator
         from targets.coreml.evaluate import Rounding
 
-        packages, length = packages_of(artifact), prefill_length(artifact.context)
-        return AneRunner(artifact, lambda: load_with_evaluator(packages, Rounding.NONE), prefill_length=length)
+        packages = packages_of(artifact)
+        return AneRunner(artifact, packages, lambda: load_with_evaluator(packages, Rounding.NONE))
 
     def observe(self, artifact: Artifact, *, graph: Graph, calls: Sequence[Sequence[int]], threads: int) -> Observation:
         raise UsageError(
             "--bisect knows no values inside the packages of Core ML's ane backend",
             hint="bisect the same model on the gpu backend, whose ops lie side by side with the reference's",
         )
-
-
-def prefill_length(context: int) -> int:
-    return min(PREFILL_TOKENS, context)
 
 
 def packages_of(artifact: Artifact) -> list[Path]:

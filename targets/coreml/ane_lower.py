@@ -179,7 +179,7 @@ class _Emitter:
             values = {self._graph.read_by(first): self._inputs[HIDDEN]}
         if part.layers:
             keys, caches = State(self._inputs["keyCache"]), State(self._inputs["valueCache"])
-            self._end = mb.add(x=self._inputs["position"], y=np.int32([self._length]))  # [1]
+            self._end = mb.add(x=self._inputs["position"], y=np.array([self._length], dtype=np.int32))  # [1]
             names = cache_names(self._graph.spec.num_hidden_layers)
             for index, layer in enumerate(part.layers):
                 key, value = names[layer]

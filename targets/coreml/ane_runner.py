@@ -18,6 +18,9 @@ from targets.coreml.evaluate import Evaluator, Kept, Rounding
 from targets.coreml.package import Package
 from targets.coreml.toolchain import ct, quiet
 
+PADDING = 0
+"""The token that fills a prefill up: any does, nothing attends to it."""
+
 Step = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """One function of one package, from the features that it reads to those that it gives."""
 
@@ -61,21 +64,28 @@ def _step(model: Any, state: Any, *, reads: Sequence[str]) -> Step:
     return predict
 
 
+def prefill_length(first: Path) -> int:
+    """How many tokens the first package of a model takes at once."""
+    (ids,) = (value for value in Package(first, PREFILL).inputs if value.name == "inputIds")
+    return int(ids.type.tensorType.dimensions[1].constant.size)
+
+
 def input_names(package: Package) -> list[str]:
     """Of the features that a function reads, without its states."""
     return [value.name for value in package.inputs if value.type.WhichOneof("type") == "tensorType"]
 
 
 class AneRunner:
-    """One model in one or more packages, with one key-value cache. ``load`` gives their functions, with empty caches.
+    """One model in ``packages``, in the order in which they run, with one key-value cache. ``load`` gives their
+    functions, with empty caches.
 
     As with open lengths, what lies in the cache behind the current position is never looked at, so that rewinding is a
     matter of the position alone, and the last chunk of a prompt may be padded.
     """
 
-    def __init__(self, artifact: Artifact, load: Callable[[], Functions], *, prefill_length: int) -> None:
+    def __init__(self, artifact: Artifact, packages: Sequence[Path], load: Callable[[], Functions]) -> None:
         self._artifact = artifact
-        self._length = prefill_length
+        self._length = prefill_length(packages[0])
         self._position = 0
         started = time.perf_counter()
         self._functions: Functions | None = load()
@@ -105,7 +115,7 @@ class AneRunner:
     def _call(self, ids: Sequence[int], *, length: int) -> Tensor:
         """Logits of ``ids``, which are padded to ``length``: [n or 1, V]."""
         assert self._functions is not None, "the runner is closed"
-        padded = [*ids, *[0] * (length - len(ids))]
+        padded = [*ids, *[PADDING] * (length - len(ids))]
         features: dict[str, Tensor] = {
             "inputIds": torch.tensor([padded], dtype=torch.int32),
             "position": torch.tensor([self._position], dtype=torch.int32),

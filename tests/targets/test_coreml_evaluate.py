@@ -15,7 +15,7 @@ from torch import Tensor
 
 from exporter.errors import InputError, LoweringError
 from exporter.quantized import pack_int4
-from targets.coreml.evaluate import OPS, Evaluator, Rounding, State, decompress
+from targets.coreml.evaluate import OPS, Evaluator, Rounding, Rows, State, decompress
 from targets.coreml.toolchain import Model_pb2, ct, get_new_symbol, mb, quiet, types, without_progress_bars
 
 pytestmark = pytest.mark.toolchain
@@ -47,6 +47,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *(
         ("gather", {"x": random(rows, 6), "indices": np.array([ids], dtype=np.int32), "axis": 0})
         for rows, ids in ((4, [0, 3, 3]), (9, [8]))
+    ),
+    ("gather", {"x": random(5, 6, 1, 1), "indices": np.array([[4, 0]], dtype=np.int32), "axis": 0}),
+    *(
+        ("matmul", {"x": random(*x), "y": random(*y), "transpose_x": False, "transpose_y": transposed})
+        for x, y, transposed in (((1, 2, 3, 4), (1, 2, 5, 4), True), ((1, 2, 3, 5), (1, 2, 5, 4), False))
+    ),
+    *(("softmax", {"x": 4 * random(*shape), "axis": axis}) for shape, axis in (((2, 3, 7), -1), ((1, 5, 2), 1))),
+    *(
+        ("layer_norm", {"x": random(*x), "axes": ints(axis), "gamma": random(x[axis]), "epsilon": np.float32(e)})
+        for x, axis, e in (((1, 6, 1, 5), 1, 1e-5), ((2, 3, 8), 2, 0.1))
     ),
     *(
         ("linear", {"x": random(1, t, k), "weight": random(n, k), "bias": random(n)})
@@ -99,7 +109,7 @@ def test_op_computes_what_coremltools_infers_for_constants(op: str, arguments: d
 
 def test_every_op_of_the_table_is_tested() -> None:
     """Those without an inference in coremltools have a test of their own below."""
-    own = {"cast", "read_state", "write_state", "scaled_dot_product_attention", "silu"}
+    own = {"cast", "conv", "read_state", "write_state", "scaled_dot_product_attention", "silu"}
     assert {op for op, _ in CASES} | own == set(OPS)
 
 
@@ -120,6 +130,47 @@ def defaults(op: str) -> dict[str, Any]:
 
 def as_tensor(value: Any) -> Any:
     return [as_tensor(item) for item in value] if isinstance(value, list) else torch.from_numpy(np.asarray(value))
+
+
+CONV = {"pad_type": "valid", **{k: torch.tensor(v) for k, v in {"strides": [1, 1], "pad": [0] * 4}.items()}}
+CONV |= {"dilations": torch.tensor([1, 1]), "groups": torch.tensor(1)}
+
+
+@pytest.mark.parametrize(("channels", "outputs", "length"), [(4, 3, 1), (6, 6, 5)])
+def test_convolution_of_one_place_is_that_of_torch(channels: int, outputs: int, length: int) -> None:
+    x, weight = torch.from_numpy(random(1, channels, 1, length)), torch.from_numpy(random(outputs, channels, 1, 1))
+    wanted = torch.nn.functional.conv2d(x, weight)
+    torch.testing.assert_close(OPS["conv"](x=x, weight=weight, **CONV), wanted, atol=1e-6, rtol=1e-5)
+    rows = Rows(shape=tuple(weight.shape), decode=lambda which: weight[which])
+    torch.testing.assert_close(OPS["conv"](x=x, weight=rows, **CONV), wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"strides": torch.tensor([1, 2])},
+        {"pad": torch.tensor([0, 0, 1, 0])},
+        {"groups": torch.tensor(2)},
+        {"pad_type": "same"},
+        {"weight": torch.zeros(3, 4, 1, 3)},
+        {"weight": torch.zeros(3, 5, 1, 1)},
+    ],
+)
+def test_any_other_convolution_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"convolution|do not fit"):
+        OPS["conv"](**{"x": torch.zeros(1, 4, 1, 6), "weight": torch.zeros(3, 4, 1, 1), **CONV, **change})
+
+
+def test_a_product_of_unequal_batches_is_refused() -> None:
+    false = torch.tensor(False)
+    with pytest.raises(ValueError, match="differ in batch dimensions"):
+        OPS["matmul"](x=torch.zeros(1, 8, 3, 4), y=torch.zeros(1, 2, 4, 5), transpose_x=false, transpose_y=false)
+
+
+def test_gains_of_another_length_are_refused() -> None:
+    x, axes = torch.zeros(1, 6, 1, 5), torch.tensor([1])
+    with pytest.raises(ValueError, match=r"gains \[3\] do not fit axis 1"):
+        OPS["layer_norm"](x=x, axes=axes, gamma=torch.ones(3), epsilon=torch.tensor(1e-5))
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 5, 8)])
@@ -286,9 +337,9 @@ def test_float16_results_are_rounded_in_one_mode_only(saved: Path) -> None:
 
 def test_an_unknown_op_is_named(saved: Path, tmp_path: Path) -> None:
     def rename(operation: Any) -> None:
-        operation.type = "conv" if operation.type == "linear" else operation.type
+        operation.type = "einsum" if operation.type == "linear" else operation.type
 
-    with pytest.raises(LoweringError, match=r"MIL op 'conv' \(product\) is not one that the evaluator knows"):
+    with pytest.raises(LoweringError, match=r"MIL op 'einsum' \(product\) is not one that the evaluator knows"):
         Evaluator(tampered(saved, tmp_path, rename), rounding=Rounding.NONE)
 
 
