@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from exporter.errors import UsageError
 from exporter.files import folder_in_progress, put_in_place
 from exporter.spec import Artifact, ModelSpec, Plan, Precision, Prefer, WeightScheme
 from targets.coreml import CoreMLTarget, executes_here
-from targets.coreml.ane_parts import parts_of
+from targets.coreml.ane_parts import EMBEDDING_PART, HEAD_PART, WHOLE, parts_of
 
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
@@ -32,8 +31,9 @@ STATE_MULTIPLE = 32
 does not), and what is laid out by rows of 64 bytes gains from it anyway."""
 
 _SUFFIX = ".mlpackage"
-_WHOLE = f"model{_SUFFIX}"
-_PARTS = "model"
+_WHOLE = f"{WHOLE}{_SUFFIX}"
+_PARTS = WHOLE
+"""A package by itself, or the folder of several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,10 +141,10 @@ class AneTarget(CoreMLTarget):
         return AneRunner(artifact, packages, lambda: load_with_evaluator(packages, Rounding.NONE))
 
     def observe(self, artifact: Artifact, *, graph: Graph, calls: Sequence[Sequence[int]], threads: int) -> Observation:
-        raise UsageError(
-            "--bisect knows no values inside the packages of Core ML's ane backend",
-            hint="bisect the same model on the gpu backend, whose ops lie side by side with the reference's",
-        )
+        """By the evaluator on every host: Core ML shows nothing of what it computes inside."""
+        from targets.coreml.ane_observe import observe
+
+        return observe(artifact, packages_of(artifact), graph, calls)
 
 
 def packages_of(artifact: Artifact) -> list[Path]:
@@ -152,7 +152,8 @@ def packages_of(artifact: Artifact) -> list[Path]:
     if artifact.path.suffix == _SUFFIX:
         return [artifact.path]
     layers = sorted(artifact.path.glob(f"layers-*{_SUFFIX}"))
-    return [artifact.path / f"embedding{_SUFFIX}", *layers, artifact.path / f"head{_SUFFIX}"]
+    embedding, head = (artifact.path / f"{name}{_SUFFIX}" for name in (EMBEDDING_PART, HEAD_PART))
+    return [embedding, *layers, head]
 
 
 def _refuse_precision(spec: ModelSpec, scheme: WeightScheme) -> str | None:

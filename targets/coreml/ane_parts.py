@@ -6,15 +6,21 @@ Free of coremltools: a plan can be refused for its sizes before anything is read
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from exporter.errors import InputError
 from exporter.model.graph import Graph, Node
 from exporter.spec import EMBEDDING, FINAL_NORM, HEAD, ModelSpec, WeightScheme
 
 PACKAGE_BYTES = 1_000_000_000
 """What the weights of one package may take. Packages above a gigabyte are reported not to load on a phone, and to fall
 back to the GPU in silence where they do (ANEMLL splits its models so; CoreML-LLM's v1.1.0 notes)."""
+
+WHOLE, EMBEDDING_PART, HEAD_PART = "model", "embedding", "head"
+_LAYERS_PART = re.compile(r"layers-(\d+)-(\d+)")
+"""Names of packages: of a whole model, and of its parts; ``layers-004-007`` holds layers 4 to 7."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +34,19 @@ class Part:
     embedding: bool
     head: bool
     """The last norm and the head."""
+
+    @classmethod
+    def called(cls, name: str, *, layers: int) -> Part:
+        """The part of a model with so many layers whose package has that name. Raises InputError for another name."""
+        if name == WHOLE:
+            return cls(name=name, layers=range(layers), embedding=True, head=True)
+        if name in (EMBEDDING_PART, HEAD_PART):
+            return cls(name=name, layers=range(0), embedding=name == EMBEDDING_PART, head=name == HEAD_PART)
+        found = _LAYERS_PART.fullmatch(name)
+        if not found:
+            raise InputError(f"{name} is no package of this backend", hint="make the artifact again")
+        first, last = map(int, found.groups())
+        return cls(name=name, layers=range(first, last + 1), embedding=False, head=False)
 
     def nodes(self, graph: Graph) -> list[Node]:
         return [node for node in graph.nodes if self._holds(node)]
@@ -43,7 +62,7 @@ def parts_of(spec: ModelSpec, scheme: WeightScheme, *, limit_bytes: int | None =
     ``PACKAGE_BYTES``) if that can be: an end or a single layer is never cut."""
     limit_bytes = PACKAGE_BYTES if limit_bytes is None else limit_bytes
     layers = range(spec.num_hidden_layers)
-    whole = Part(name="model", layers=layers, embedding=True, head=True)
+    whole = Part.called(WHOLE, layers=len(layers))
     sizes = [sum(stored_bytes(spec, scheme, name) for name in _weights_of(spec, range(i, i + 1))) for i in layers]
     if part_bytes(spec, scheme, whole) <= limit_bytes:
         return [whole]
@@ -51,15 +70,9 @@ def parts_of(spec: ModelSpec, scheme: WeightScheme, *, limit_bytes: int | None =
     for layer in layers:
         if layer > starts[-1] and sum(sizes[starts[-1] : layer + 1]) > limit_bytes:
             starts.append(layer)
-    ends = [*starts[1:], spec.num_hidden_layers]
-    return [
-        Part(name="embedding", layers=range(0), embedding=True, head=False),
-        *(
-            Part(name=f"layers-{start:03d}-{end - 1:03d}", layers=range(start, end), embedding=False, head=False)
-            for start, end in zip(starts, ends, strict=True)
-        ),
-        Part(name="head", layers=range(0), embedding=False, head=True),
-    ]
+    ends = [*starts[1:], len(layers)]
+    runs = [f"layers-{start:03d}-{end - 1:03d}" for start, end in zip(starts, ends, strict=True)]
+    return [Part.called(name, layers=len(layers)) for name in (EMBEDDING_PART, *runs, HEAD_PART)]
 
 
 def part_bytes(spec: ModelSpec, scheme: WeightScheme, part: Part) -> int:

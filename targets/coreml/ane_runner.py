@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,35 +98,19 @@ class AneRunner:
         return self._position
 
     def feed(self, ids: Sequence[int]) -> Tensor:
-        """A rest that fills no prefill is padded to one, or decoded token by token where the context has no room for
-        the padding."""
         assert self._functions is not None, "the runner is closed"
         check_feed(ids, position=self._position, artifact=self._artifact)
         started = time.perf_counter()
-        rest, logits = list(ids), []
-        while rest:
-            fits = self._position + self._length <= self._artifact.context
-            length = self._length if fits and len(rest) > 1 else 1
-            chunk, rest = rest[:length], rest[length:]
-            logits.append(self._call(chunk, length=length))
-            self._position += len(chunk)
+        logits = []
+        for call in calls_for(ids, self._position, length=self._length, context=self._artifact.context):
+            features = dict(call.features)
+            for step in self._functions[call.function]:
+                features |= step(features)
+                features[HIDDEN] = features.pop(NEXT_HIDDEN, torch.empty(0))
+            logits.append(features["logits"][0, : call.count].float())
+            self._position += call.count
         self.steps_s = (time.perf_counter() - started,)
         return logits[-1] if self._artifact.logits is Logits.LAST else torch.cat(logits)
-
-    def _call(self, ids: Sequence[int], *, length: int) -> Tensor:
-        """Logits of ``ids``, which are padded to ``length``: [n or 1, V]."""
-        assert self._functions is not None, "the runner is closed"
-        padded = [*ids, *[PADDING] * (length - len(ids))]
-        features: dict[str, Tensor] = {
-            "inputIds": torch.tensor([padded], dtype=torch.int32),
-            "position": torch.tensor([self._position], dtype=torch.int32),
-            "causalMask": causal_mask(self._position, length=length, context=self._artifact.context),
-            "lastToken": torch.tensor([len(ids) - 1], dtype=torch.int32),
-        }
-        for step in self._functions[PREFILL if length > 1 else DECODE]:
-            features |= step(features)
-            features[HIDDEN] = features.pop(NEXT_HIDDEN, torch.empty(0))
-        return features["logits"][0, : len(ids)].float()
 
     def feed_each(self, ids: Sequence[int]) -> Tensor:
         return one_by_one(self, ids)
@@ -142,6 +127,37 @@ class AneRunner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call of one function."""
+
+    function: str
+    count: int
+    """Tokens that are not padding."""
+    features: Mapping[str, Tensor]
+
+
+def calls_for(ids: Sequence[int], position: int, *, length: int, context: int) -> Iterator[Call]:
+    """How ``ids`` that follow on ``position`` are fed. A rest that fills no prefill of ``length`` is padded to one, or
+    decoded token by token where the context has no room for the padding."""
+    rest = list(ids)
+    while rest:
+        size = length if len(rest) > 1 and position + length <= context else 1
+        chunk, rest = rest[:size], rest[size:]
+        padded = [*chunk, *[PADDING] * (size - len(chunk))]
+        yield Call(
+            function=PREFILL if size > 1 else DECODE,
+            count=len(chunk),
+            features={
+                "inputIds": torch.tensor([padded], dtype=torch.int32),
+                "position": torch.tensor([position], dtype=torch.int32),
+                "causalMask": causal_mask(position, length=size, context=context),
+                "lastToken": torch.tensor([len(chunk) - 1], dtype=torch.int32),
+            },
+        )
+        position += len(chunk)
 
 
 def causal_mask(position: int, *, length: int, context: int) -> Tensor:

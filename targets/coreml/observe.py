@@ -6,8 +6,8 @@ with, the values it was made from, or who reads it; a cache by the state and the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,14 +26,17 @@ _STATES = ("keyCache", "valueCache")
 
 class Taps:
     """Where the values of our graph lie in a program: ``found[value]`` is a name there. A value that has no counterpart
-    is absent, and so are the caches, which are states."""
+    is absent, and so are the caches, which are states. ``found`` may begin with what the program reads."""
 
-    def __init__(self, package: Package, graph: Graph) -> None:
+    linear: ClassVar[str] = "linear"
+    """The op that multiplies with a matrix."""
+
+    def __init__(self, package: Package, graph: Graph, found: Mapping[Value, str] | None = None) -> None:
         self._graph = graph
         self._operations = [operation for operation in package.operations if operation.outputs]
         casts = [operation for operation in self._operations if operation.type == "cast"]
         self._before_cast = {operation.outputs[0].name: _names(operation, "x")[0] for operation in casts}
-        self.found: dict[Value, str] = {}
+        self.found = dict(found or {})
         for node in graph.nodes:
             name = self._tap(node)
             if name:
@@ -44,12 +47,12 @@ class Taps:
             case "embedding":
                 return self._by_weight("gather", node, reads="x")
             case "linear":
-                return self._by_weight("linear", node, reads="weight")
+                return self._by_weight(self.linear, node, reads="weight")
             case "rms_norm":
                 return self._by_weight("mul", node, reads="y")
             case "attention":
                 (reader,) = [n for n in self._graph.nodes if n.op == "linear" and Value(node.name) in n.arguments]
-                return self._by_weight("linear", reader, reads="weight", gives="x")
+                return self._by_weight(self.linear, reader, reads="weight", gives="x")
         inputs = [self.found.get(argument) for argument in node.arguments if isinstance(argument, Value)]
         for operation in self._operations:
             if operation.type == node.op and inputs == self._values(operation):

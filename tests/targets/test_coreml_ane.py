@@ -19,10 +19,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from calibration.layers import ROUNDED, quantize
+from exporter.bisect import find_partings
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.cli import app
 from exporter.codes import weight_digests
-from exporter.errors import HostError, InputError, UsageError
+from exporter.errors import HostError, InputError
 from exporter.model.graph import Graph
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace
@@ -620,10 +621,29 @@ def test_a_package_that_core_ml_does_not_load_is_a_matter_of_the_host(
 
 
 @pytest.mark.toolchain
-def test_bisecting_is_left_to_the_other_backend(int8: Exported) -> None:
-    with pytest.raises(UsageError, match="--bisect knows no values") as caught:
-        TARGET.observe(int8.artifact, graph=int8.graph, calls=[[1]], threads=1)
-    assert "gpu backend" in (caught.value.hint or "")
+def test_every_value_inside_is_what_the_reference_gives(int8: Exported, in_parts: dict[str, Exported]) -> None:
+    ids = tokens(45)
+    calls = {"prefill": ids[:20], "more": ids[20:44], "decode": ids[44:]}
+    for exported in (int8, *in_parts.values()):
+        seen = TARGET.observe(exported.artifact, graph=exported.graph, calls=list(calls.values()), threads=1)
+        assert len(seen.calls) == 3
+        assert find_partings(seen, exported.graph, exported.store, calls=calls) == []
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize(
+    ("fault", "op"),
+    [(drop_a_state_write, "attention"), (swap_rope_halves, "attention"), (forget_the_mask, "attention")],
+)
+def test_bisecting_names_the_op_that_has_the_fault(
+    int8: Exported, fault: Callable[[Any], None], op: str, tmp_path: Path
+) -> None:
+    broken = tampered(int8, tmp_path, fault, functions=("prefill",))
+    ids = tokens(21)
+    calls = {"prefill": ids[:16], "decode": ids[16:17]}
+    seen = TARGET.observe(broken.artifact, graph=int8.graph, calls=list(calls.values()), threads=1)
+    partings = find_partings(seen, int8.graph, int8.store, calls=calls)
+    assert [(parting.node.op, parting.node.layer, parting.call) for parting in partings] == [(op, 0, "prefill")]
 
 
 @pytest.mark.parametrize(
