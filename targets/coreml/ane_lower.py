@@ -22,6 +22,7 @@ rotary embedding are float32 constants, cut at the position and only then rounde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,15 @@ from targets.coreml.emission import (
     refuse_unknown_attention,
     sizes_of,
 )
-from targets.coreml.package import finish, mil_name
+from targets.coreml.package import block_name, finish, mil_name
 from targets.coreml.toolchain import Function, Program, ct, mb, mil_convert, types
 
 PREFILL, DECODE = "prefill", "decode"
+
+LARGEST_SIZE = 16_384
+"""Of a tensor on the engines of A13 to A15; those of A16 and later take 65,536 (reported, as ``max_tensor_dim``, at
+https://github.com/sbryngelson/ANEForge/pull/240). A head with more rows is cut into blocks of them."""
+
 HIDDEN, NEXT_HIDDEN = "hiddenStates", "nextHiddenStates"
 _CHANNELS = 1
 """The axis that a norm goes over and a convolution mixes."""
@@ -79,6 +85,16 @@ def lower(graph: Graph, store: WeightStore, plan: Plan, part: Part, path: Path, 
     finish(path, model_name=graph.spec.name)
 
 
+def embedded_name(weight: str) -> str:
+    """What the looked-up rows of a weight are called, laid out as channels."""
+    return f"{mil_name(weight)}_embedded"
+
+
+def product_name(weight: str) -> str:
+    """What is called so that the blocks of a weight were multiplied to, one behind the other."""
+    return f"{mil_name(weight)}_product"
+
+
 class _Constants:
     """The weights of one package, read from the store once. Each function has a constant of its own for every one,
     which ``weight_id`` makes the same bytes of the weight file."""
@@ -87,16 +103,23 @@ class _Constants:
         self._store = store
         self._arrays: dict[str, Any] = {}
 
-    def matrix(self, weight: Weight) -> MilVar:
-        """float16 [N, K, 1, 1], the kernel of a 1x1 convolution."""
-        stored = self._read(weight.name)
-        name = mil_name(weight.name)
+    def blocks(self, weight: Weight, *, largest: int) -> list[MilVar]:
+        """float16 [N, K, 1, 1], the kernel of a 1x1 convolution, in blocks of at most ``largest`` rows."""
+        rows = weight.shape[0]
+        step = math.ceil(rows / math.ceil(rows / largest))
+        if step == rows:
+            return [self._block(weight.name, slice(None), name=mil_name(weight.name))]
+        starts = range(0, rows, step)
+        return [self._block(weight.name, slice(s, s + step), name=block_name(weight.name, start=s)) for s in starts]
+
+    def _block(self, weight: str, rows: slice, *, name: str) -> MilVar:
+        stored = self._read(weight)
         if not isinstance(stored, tuple):
-            return self.floats(stored, name=name)
-        codes, scales = stored
+            return self.floats(stored[rows], name=name)
+        codes, scales = (part[rows] for part in stored)
         decoded = mb.constexpr_blockwise_shift_scale(data=codes, scale=scales, name=name)
         for key, constant in decoded.op.inputs.items():
-            constant.op.weight_id = f"{weight.name}.{key}"
+            constant.op.weight_id = f"{name}.{key}"
         return decoded
 
     def gains(self, weight: Weight) -> MilVar:
@@ -132,7 +155,7 @@ class _Emitter:
         self._part = part
         self._constants = constants
         self._length = length
-        self._weights: dict[str, MilVar] = {}
+        self._weights: dict[str, Any] = {}
         self._rope: dict[tuple[str, bool], tuple[MilVar, MilVar]] = {}
         self._inputs: Mapping[str, MilVar] = {}
         self._end: MilVar = None
@@ -209,13 +232,31 @@ class _Emitter:
         }
 
     def _embedding(self, ids: MilVar, weight: Weight) -> MilVar:
-        """From the convolution's own constant, so that a tied weight is stored once. Ids stay int32: 16 bits would end
+        """From the convolution's own constants, so that a tied weight is stored once. Ids stay int32: 16 bits would end
         at a vocabulary of 65,536."""
-        rows = mb.gather(x=self._matrix(weight), indices=ids, axis=0)  # [1, T, C, 1, 1]
-        return mb.transpose(x=mb.squeeze(x=rows, axes=[4]), perm=[0, 2, 3, 1])  # [1, C, 1, T]
+        blocks = self._blocks(weight)
+        rows = self._row_of_blocks(ids, blocks) if len(blocks) > 1 else mb.gather(x=blocks[0], indices=ids, axis=0)
+        rows = mb.squeeze(x=rows, axes=[4])  # [1, T, C, 1, 1]
+        return mb.transpose(x=rows, perm=[0, 2, 3, 1], name=embedded_name(weight.name))  # [1, C, 1, T]
+
+    @staticmethod
+    def _row_of_blocks(ids: MilVar, blocks: Sequence[MilVar]) -> MilVar:
+        """Each block looks up its nearest row, which counts once where it is the one, and zero times where not."""
+        total, start = None, 0
+        for block in blocks:
+            local = mb.sub(x=ids, y=np.int32(start)) if start else ids
+            nearest = mb.minimum(x=mb.maximum(x=local, y=np.int32(0)), y=np.int32(block.shape[0] - 1))
+            found = mb.expand_dims(x=mb.cast(x=mb.equal(x=nearest, y=local), dtype="fp16"), axes=[2, 3, 4])
+            part = mb.mul(x=mb.gather(x=block, indices=nearest, axis=0), y=found)
+            total = part if total is None else mb.add(x=total, y=part)
+            start += block.shape[0]
+        return total
 
     def _linear(self, x: MilVar, weight: Weight) -> MilVar:
-        return mb.conv(x=x, weight=self._matrix(weight), pad_type="valid")
+        products = [mb.conv(x=x, weight=block, pad_type="valid") for block in self._blocks(weight)]
+        if len(products) == 1:
+            return products[0]
+        return mb.concat(values=products, axis=_CHANNELS, name=product_name(weight.name))
 
     def _rms_norm(self, x: MilVar, weight: Weight, eps: float) -> MilVar:
         if weight.name == FINAL_NORM and self._one_of_many:
@@ -318,10 +359,14 @@ class _Emitter:
             self._masks[shared] = mb.tile(x=mask, reps=[1, 1, shared, 1]) if shared > 1 else mask
         return self._masks[shared]
 
-    def _matrix(self, weight: Weight) -> MilVar:
+    def _blocks(self, weight: Weight) -> list[MilVar]:
+        """A table that nothing is multiplied with stays whole, however long."""
         if weight.name not in self._weights:
-            self._weights[weight.name] = self._constants.matrix(weight)
-        return self._weights[weight.name]
+            multiplied = any(n.op == "linear" and weight in n.arguments for n in self._part.nodes(self._graph))
+            largest = LARGEST_SIZE if multiplied else weight.shape[0]
+            self._weights[weight.name] = self._constants.blocks(weight, largest=largest)
+        found: list[MilVar] = self._weights[weight.name]
+        return found
 
     def _vector(self, weight: Weight) -> MilVar:
         if weight.name not in self._weights:

@@ -13,7 +13,7 @@ from exporter.model.graph import Graph, Node, Value, Weight
 from exporter.model.reference import FULL_PRECISION
 from exporter.spec import FINAL_NORM, Artifact, Logits
 from targets.base import Observation
-from targets.coreml.ane_lower import DECODE, HIDDEN, NEXT_HIDDEN, PREFILL
+from targets.coreml.ane_lower import DECODE, HIDDEN, NEXT_HIDDEN, PREFILL, embedded_name, product_name
 from targets.coreml.ane_parts import Part
 from targets.coreml.ane_runner import Functions, calls_for, load_with_evaluator, prefill_length
 from targets.coreml.evaluate import Evaluator, Rounding
@@ -27,19 +27,19 @@ class _Taps(Taps):
     linear = "conv"
 
     def _tap(self, node: Node) -> str | None:
+        weight = node.arguments[1] if len(node.arguments) > 1 else None
         if node.op == "embedding":
-            rows = self._by_weight("gather", node, reads="x")
-            return self._read_from(self._read_from(rows))
+            assert isinstance(weight, Weight)  # VOCABULARY
+            return self._named(embedded_name(weight.name))
+        if node.op == "linear":
+            assert isinstance(weight, Weight)
+            return self._named(product_name(weight.name)) or super()._tap(node)
         if node.op == "rms_norm":
             return self._by_weight("layer_norm", node, reads="gamma")
         return super()._tap(node)
 
-    def _read_from(self, name: str | None) -> str | None:
-        """What the op gives that reads value ``name`` as its x."""
-        readers = (
-            o for o in self._operations if "x" in o.inputs and [b.name for b in o.inputs["x"].arguments] == [name]
-        )
-        return next((str(reader.outputs[0].name) for reader in readers), None)
+    def _named(self, name: str) -> str | None:
+        return name if any(operation.outputs[0].name == name for operation in self._operations) else None
 
 
 class _Tapped:

@@ -298,10 +298,10 @@ def _layer_norm(*, x: Tensor, axes: Tensor, gamma: Tensor, epsilon: Tensor) -> T
 
 
 def _cast(*, x: Tensor, dtype: str) -> Tensor:
-    """Between float16 and float32: rounding is for the declared type of the result."""
-    if dtype not in ("fp16", "fp32") or not x.is_floating_point():
+    """Between float16 and float32, or from truth to 0 and 1: rounding is for the declared type of the result."""
+    if dtype not in ("fp16", "fp32") or not (x.is_floating_point() or x.dtype == torch.bool):
         raise ValueError(f"a cast from {x.dtype} to {dtype}")
-    return x
+    return x.float()
 
 
 def _concat(*, values: Sequence[Tensor], axis: Tensor, interleave: Tensor) -> Tensor:
@@ -439,12 +439,15 @@ OPS: dict[str, Callable[..., Any]] = {
     "cast": _cast,
     "concat": _concat,
     "conv": _conv,
+    "equal": _elementwise(torch.eq),
     "expand_dims": _expand_dims,
     "gather": _gather,
     "identity": lambda *, x: x,
     "layer_norm": _layer_norm,
     "linear": _linear,
     "matmul": _matmul,
+    "maximum": _elementwise(torch.maximum),
+    "minimum": _elementwise(torch.minimum),
     "mul": _elementwise(torch.mul),
     "read_state": lambda *, input: input.value,
     "reduce_mean": lambda *, x, axes, keep_dims: x.mean(dim=axes.tolist(), keepdim=bool(keep_dims)),

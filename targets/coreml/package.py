@@ -6,6 +6,7 @@ import json
 import re
 import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,14 @@ QUANTIZED = "constexpr_blockwise_shift_scale"
 def mil_name(name: str) -> str:
     """What a tensor of the model is called in a program, whose names hold only letters, digits and underscores."""
     return re.sub(r"[^a-zA-Z0-9_]", "_", name)
+
+
+def block_name(name: str, *, start: int) -> str:
+    """What the rows of a tensor from ``start`` on are called, where they are stored in blocks."""
+    return f"{mil_name(name)}_rows_{start}"
+
+
+_BLOCK = re.compile(r"(.*)_rows_(\d+)")
 
 
 class Package:
@@ -103,26 +112,54 @@ def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
 
 def weights_in(packages: Iterable[Package], spec: ModelSpec) -> Iterator[tuple[str, StoredWeight]]:
     """``read_weights`` of some functions; what two functions of a package read from the same bytes comes once."""
-    names = {mil_name(name): name for name in spec.weights()}
-    seen: set[tuple[Path, bytes]] = set()
+    seen: set[tuple[Any, ...]] = set()
     for package in packages:
-        for operation in package.operations:
-            name = names.get(operation.outputs[0].name) if operation.outputs else None
-            if operation.type == QUANTIZED and name is None:
-                raise LoweringError(
-                    f"{package.path} stores {operation.outputs[0].name} as codes, which is no weight of the model",
-                    hint="make the artifact again",
-                )
-            if name is None or operation.type not in (QUANTIZED, "const"):
-                continue
-            key = package.key(operation)
-            if key in seen:
-                continue
-            seen.add(key)
-            if operation.type == QUANTIZED:
-                yield name, _quantized(name, operation, package)
-            else:
-                yield name, _in_shape(package.constant(operation.attributes["val"]), spec.weights()[name])
+        for name, operations in _weight_operations(package, spec).items():
+            key = tuple(package.key(operation) for operation in operations)
+            if key not in seen:
+                seen.add(key)
+                yield name, _joined([_weight(name, operation, package, spec) for operation in operations])
+
+
+def _weight_operations(package: Package, spec: ModelSpec) -> dict[str, list[Any]]:
+    """The constants that hold each weight: one, or blocks of rows from the first on."""
+    names = {mil_name(name): name for name in spec.weights()}
+    found: dict[str, dict[int, Any]] = {}
+    for operation in package.operations:
+        if operation.type not in (QUANTIZED, "const"):
+            continue
+        called = operation.outputs[0].name
+        block = _BLOCK.fullmatch(called)
+        name = names.get(block[1] if block else called)
+        if name:
+            found.setdefault(name, {})[int(block[2]) if block else 0] = operation
+        elif operation.type == QUANTIZED:
+            raise LoweringError(
+                f"{package.path} stores {called} as codes, which is no weight of the model",
+                hint="make the artifact again",
+            )
+    return {name: [blocks[start] for start in sorted(blocks)] for name, blocks in found.items()}
+
+
+def _weight(name: str, operation: Any, package: Package, spec: ModelSpec) -> StoredWeight:
+    if operation.type == QUANTIZED:
+        return _quantized(name, operation, package)
+    return _in_shape(package.constant(operation.attributes["val"]), spec.weights()[name])
+
+
+def _joined(blocks: list[StoredWeight]) -> StoredWeight:
+    """Of blocks of rows the whole; the first kind decides, another is found to differ."""
+    first = blocks[0]
+    if len(blocks) == 1:
+        return first
+    if isinstance(first, QuantizedTensor):
+        codes = [block for block in blocks if isinstance(block, QuantizedTensor)]
+        return replace(
+            first,
+            codes=torch.cat([block.codes for block in codes]),
+            scales=torch.cat([block.scales for block in codes]),
+        )
+    return torch.cat([block for block in blocks if isinstance(block, Tensor)])
 
 
 def _quantized(name: str, operation: Any, package: Package) -> QuantizedTensor:
@@ -138,10 +175,10 @@ def _quantized(name: str, operation: Any, package: Package) -> QuantizedTensor:
 
 
 def _in_shape(value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A float weight without the kernel of a convolution, [N, K, 1, 1], and one time where it is there twice, as the
-    gains of a layer_norm over [x, -x]; as it is where it is neither."""
-    if tuple(value.shape) == (*shape, 1, 1):
-        return value.view(shape)
+    """A float weight, or some rows of it, without the kernel of a convolution, [N, K, 1, 1], and one time where it is
+    there twice, as the gains of a layer_norm over [x, -x]; as it is where it is neither."""
+    if len(shape) == 2:
+        return value.flatten(1)
     first, second = value.chunk(2) if len(value) == 2 * shape[0] else (value, value)
     return first.contiguous() if torch.equal(first, second) else value
 

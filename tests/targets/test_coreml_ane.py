@@ -509,6 +509,43 @@ def test_packages_keep_the_limit_and_cut_no_layer(gqa: Checkpoint) -> None:
 
 
 @pytest.mark.toolchain
+@pytest.mark.parametrize("scheme", ["int8", "fp16"])
+@pytest.mark.parametrize("limit", [1_000_000, 60_000])
+def test_a_head_of_many_rows_is_multiplied_in_blocks(
+    toys: dict[str, Checkpoint], scheme: str, limit: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of 30 rows at most, which do not divide 96: in one package and in parts, tied and not."""
+    monkeypatch.setattr("targets.coreml.ane_lower.LARGEST_SIZE", 30)
+    monkeypatch.setattr(ane_parts, "PACKAGE_BYTES", limit)
+    for name, toy in toys.items():
+        exported = export(toy, tmp_path / name, SCHEMES[scheme])
+        assert exported.codes().verdict is Verdict.PASSED, exported.codes().reason
+        parity = exported.parity()
+        assert parity.verdict is Verdict.PASSED, parity.reason
+        ids = tokens(20)
+        seen = TARGET.observe(exported.artifact, graph=exported.graph, calls=[ids], threads=1)
+        assert find_partings(seen, exported.graph, exported.store, calls={"prefill": ids}) == []
+        last = packages_of(exported.artifact)[-1]
+        program = (last / MODEL_FILE).read_bytes()
+        head = b"model_embed_tokens" if toy.spec.tie_word_embeddings else b"lm_head"
+        assert all(head + b"_weight_rows_%d" % start in program for start in (0, 24, 48, 72))
+
+
+@pytest.mark.toolchain
+def test_blocks_out_of_order_are_seen(gqa: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("targets.coreml.ane_lower.LARGEST_SIZE", 30)
+
+    def swap(operations: Any) -> None:
+        blocks = {o.outputs[0].name: o for o in operations if o.type == "constexpr_blockwise_shift_scale"}
+        first, second = (blocks[f"model_embed_tokens_weight_rows_{start}"] for start in (24, 48))
+        first.outputs[0].name, second.outputs[0].name = second.outputs[0].name, first.outputs[0].name
+
+    exported = export(gqa, tmp_path / "sound", SCHEMES["int8"])
+    broken = tampered(exported, tmp_path, swap, functions=("decode",))
+    assert broken.codes().verdict is Verdict.FAILED
+
+
+@pytest.mark.toolchain
 def test_the_whole_takes_the_place_of_parts_and_they_of_it(
     int8: Exported, in_parts: dict[str, Exported], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -33,7 +33,7 @@ def ints(*values: int) -> np.ndarray:
 CASES: list[tuple[str, dict[str, Any]]] = [
     *(
         (op, {"x": random(*x), "y": random(*y)})
-        for op in ("add", "mul", "sub")
+        for op in ("add", "maximum", "minimum", "mul", "sub")
         for x, y in (((3, 4), (3, 4)), ((1, 5, 4), (1, 1, 4)), ((2, 1, 3, 4), (1, 1, 3, 1)))
     ),
     *(("square", {"x": random(*shape)}) for shape in ((4,), (1, 7, 16))),
@@ -48,6 +48,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         ("gather", {"x": random(rows, 6), "indices": np.array([ids], dtype=np.int32), "axis": 0})
         for rows, ids in ((4, [0, 3, 3]), (9, [8]))
     ),
+    ("equal", {"x": ints(3, 0, -2), "y": ints(3, 1, -2)}),
+    ("equal", {"x": ints(3, 0), "y": np.int32(0)}),
     ("gather", {"x": random(5, 6, 1, 1), "indices": np.array([[4, 0]], dtype=np.int32), "axis": 0}),
     *(
         ("matmul", {"x": random(*x), "y": random(*y), "transpose_x": False, "transpose_y": transposed})
