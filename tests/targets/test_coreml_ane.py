@@ -234,7 +234,7 @@ def tampered(
     functions: tuple[str, ...] = ("prefill", "decode"),
 ) -> Exported:
     """With a copy of the artifact whose program was changed."""
-    path = folder / "tampered.mlpackage"
+    path = folder / "model.mlpackage"
     for name, content in contents(exported.artifact.path).items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
