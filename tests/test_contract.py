@@ -464,9 +464,9 @@ def drop_write_executorch(patch: pytest.MonkeyPatch) -> None:
 
 
 def drop_write_coreml(patch: pytest.MonkeyPatch) -> None:
-    from targets.coreml import lower
+    from targets.coreml import emission
 
-    original = lower._State.update
+    original = emission.State.update
     calls = 0
 
     def update(self: Any, new: Any, *, begin: Any, end: Any) -> None:
@@ -475,7 +475,7 @@ def drop_write_coreml(patch: pytest.MonkeyPatch) -> None:
         if calls != 3:  # the keys of layer 1
             original(self, new, begin=begin, end=end)
 
-    patch.setattr(lower._State, "update", update)
+    patch.setattr(emission.State, "update", update)
 
 
 DROPS = {"executorch": drop_write_executorch, "coreml": drop_write_coreml}

@@ -18,7 +18,7 @@ from targets.coreml.ane_parts import Part
 from targets.coreml.ane_runner import Functions, calls_for, load_with_evaluator, prefill_length
 from targets.coreml.evaluate import Evaluator, Rounding
 from targets.coreml.observe import Taps
-from targets.coreml.package import Package
+from targets.coreml.package import Package, block_name
 
 
 class _Taps(Taps):
@@ -37,6 +37,9 @@ class _Taps(Taps):
         if node.op == "rms_norm":
             return self._by_weight("layer_norm", node, reads="gamma")
         return super()._tap(node)
+
+    def _names_of(self, weight: Weight) -> list[list[str]]:
+        return [*super()._names_of(weight), [block_name(weight.name, start=0)]]
 
     def _named(self, name: str) -> str | None:
         return name if any(operation.outputs[0].name == name for operation in self._operations) else None
@@ -65,7 +68,8 @@ class _Tapped:
 
     def call(self, function: str, features: Mapping[str, Tensor]) -> dict[Value, Tensor]:
         """Every value of one call, in MIL's own layout."""
-        given, values = dict(features), {}
+        given = dict(features)
+        values: dict[Value, Tensor] = {}
         for evaluator, taps in zip(self._functions[function], self._taps[function], strict=True):
             assert isinstance(evaluator, Evaluator)
             outputs = evaluator(given, watched=set(taps.values()))

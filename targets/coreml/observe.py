@@ -64,9 +64,13 @@ class Taps:
         weight = node.arguments[1]
         assert isinstance(weight, Weight)  # VOCABULARY
         for operation in self._operations:
-            if operation.type == kind and _names(operation, reads) == [mil_name(weight.name)]:
+            if operation.type == kind and _names(operation, reads) in self._names_of(weight):
                 return self._plain(_names(operation, gives)[0]) if gives else str(operation.outputs[0].name)
         return None
+
+    def _names_of(self, weight: Weight) -> list[list[str]]:
+        """What an op may read for that weight."""
+        return [[mil_name(weight.name)]]
 
     def _values(self, operation: Any) -> list[str]:
         """What an elementwise op reads, in its order."""

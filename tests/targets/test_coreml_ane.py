@@ -234,7 +234,7 @@ def tampered(
     functions: tuple[str, ...] = ("prefill", "decode"),
 ) -> Exported:
     """With a copy of the artifact whose program was changed."""
-    path = folder / "tampered.mlpackage"
+    path = folder / "model.mlpackage"
     for name, content in contents(exported.artifact.path).items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
@@ -595,7 +595,7 @@ def test_core_ml_is_given_the_features_of_each_function_and_one_state_a_package(
     int8: Exported, in_parts: dict[str, Exported], split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stands in for ``MLModel.predict``, which this host may not have: only the calls are checked."""
-    from targets.coreml import ane_runner as module
+    from targets.coreml.toolchain import ct
 
     exported = in_parts["tied, grouped queries"] if split else int8
     states: list[tuple[str, str]] = []
@@ -604,7 +604,7 @@ def test_core_ml_is_given_the_features_of_each_function_and_one_state_a_package(
 
     class Model:
         def __init__(self, path: str, *, compute_units: object, function_name: str) -> None:
-            assert compute_units is module.ct.ComputeUnit["CPU_AND_NE"]
+            assert compute_units is ct.ComputeUnit["CPU_AND_NE"]
             self.package, self.function = Path(path).stem, function_name
 
         def make_state(self) -> object:
@@ -619,10 +619,10 @@ def test_core_ml_is_given_the_features_of_each_function_and_one_state_a_package(
                 return {"logits": np.zeros((1, 1, vocabulary), dtype=np.float16)}
             return {"nextHiddenStates": np.zeros((1, hidden, 1, length), dtype=np.float16)}
 
-    stand_in = SimpleNamespace(models=SimpleNamespace(MLModel=Model), ComputeUnit=module.ct.ComputeUnit)
+    stand_in = SimpleNamespace(models=SimpleNamespace(MLModel=Model), ComputeUnit=ct.ComputeUnit)
     monkeypatch.setattr("targets.coreml.ane.executes_here", lambda: True)
     monkeypatch.setattr("targets.coreml.executes_here", lambda: True)
-    monkeypatch.setattr(module, "ct", stand_in)
+    monkeypatch.setattr("targets.coreml.ane_runner.ct", stand_in)
     assert "Core ML on CPU_AND_NE, MLModel" in TARGET.runtime()
     with TARGET.open(exported.artifact, threads=1) as runner:
         assert runner.feed([5, 6, 7]).shape == (1, vocabulary)
@@ -645,13 +645,13 @@ def test_core_ml_is_given_the_features_of_each_function_and_one_state_a_package(
 def test_a_package_that_core_ml_does_not_load_is_a_matter_of_the_host(
     int8: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from targets.coreml import ane_runner as module
+    from targets.coreml.toolchain import ct
 
     def load(*_: object, **__: object) -> None:
         raise RuntimeError("ANECCompile() FAILED")
 
-    stand_in = SimpleNamespace(models=SimpleNamespace(MLModel=load), ComputeUnit=module.ct.ComputeUnit)
-    monkeypatch.setattr(module, "ct", stand_in)
+    stand_in = SimpleNamespace(models=SimpleNamespace(MLModel=load), ComputeUnit=ct.ComputeUnit)
+    monkeypatch.setattr("targets.coreml.ane_runner.ct", stand_in)
     monkeypatch.setattr("targets.coreml.ane.executes_here", lambda: True)
     with pytest.raises(HostError, match=r"Core ML does not load .*ANECCompile"):
         TARGET.open(int8.artifact, threads=1)
