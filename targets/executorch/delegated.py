@@ -1,7 +1,7 @@
 """Programs for backends that ExecuTorch's wheel lowers to on any host, and runs on none but their own.
 
 A backend's partitioner takes what it can of one static step, a token at a position, and makes delegates of it; what is
-left over runs on ExecuTorch's own kernels. Which forms each backend is given, and why, is a row of ``FORMS``.
+left over runs on ExecuTorch's own kernels. In which form each is given the model is a row of ``RECIPES``.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ def write_program(
     dtype = torch.float16 if half else torch.float32
     with border.toolchain(f"lower the graph for {delegation.backend}"):
         form = recipe.form(dtype)
+        custom = form.attention is CustomAttention
         decoder = Decoder(graph, weights, form=form, context=context, logits=Logits.LAST)
         examples = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         exported = torch.export.export(decoder, examples, strict=False)
         edge = to_edge_transform_and_lower(
             exported,
             partitioner=recipe.partitioners(),
-            constant_methods=describe(graph.spec, context=context, longest=1),
+            constant_methods=describe(graph.spec, context=context, longest=1, custom_attention=custom),
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=recipe.skip_dim_order),
         )
         program = edge.to_executorch(ExecutorchBackendConfig(run_reinplace_pass=True))

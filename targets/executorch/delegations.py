@@ -77,7 +77,9 @@ class Probe:
     needs: tuple[Need, ...]
 
 
-_EMBEDDINGS = frozenset({"aten::embedding", "quantized_decomposed::embedding_byte", "quantized_decomposed::embedding_4bit"})
+_EMBEDDINGS = frozenset(
+    {"aten::embedding", "quantized_decomposed::embedding_byte", "quantized_decomposed::embedding_4bit"}
+)
 
 DELEGATIONS = {
     delegation.backend: delegation

@@ -109,9 +109,7 @@ class DelegatedTarget(_ElsewhereTarget):
     def _in_half(self, scheme: WeightScheme) -> bool:
         """Whether linears compute in float16: where a matrix is stored so, or codes are to become it."""
         rest = (scheme.body, scheme.embedding, scheme.head, *(rule.precision for rule in scheme.rules))
-        return any(
-            precision is Precision.FP16 or (self.delegation.half and precision.bits) for precision in rest
-        )
+        return any(precision is Precision.FP16 or (self.delegation.half and precision.bits) for precision in rest)
 
 
 class ProbedTarget(_ElsewhereTarget):

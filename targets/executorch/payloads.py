@@ -10,11 +10,11 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from exporter.store import StoredWeight
 from targets.executorch import border
 from targets.executorch.read import ProgramFile, quantized
 from targets.executorch.uses import Use
+
+if TYPE_CHECKING:
+    from targets.coreml.package import Package
 
 with border.toolchain("be imported"):
     from executorch.exir._serialize._flatbuffer import _flatc_decompile
@@ -65,6 +68,8 @@ class Payload:
     """Every floating-point number that is an argument."""
     arguments: int = 0
     """Inputs and outputs: what a call has to bring."""
+    folder: tempfile.TemporaryDirectory[str] | None = None
+    """What its constants are read from, where they had to be unpacked; whoever reads them cleans up."""
 
     def is_finite(self) -> bool:
         """Whether no constant and no number is infinite or not a number."""
@@ -108,7 +113,7 @@ def _read_vulkan(data: bytes, file: ProgramFile, artifact: Artifact) -> Payload:
         flatbuffer_to_vk_graph,
     )
 
-    graph, payload, spec = flatbuffer_to_vk_graph(extract_vk_flatbuffer(data)), Payload(), artifact.spec
+    graph, payload = flatbuffer_to_vk_graph(extract_vk_flatbuffer(data)), Payload()
     payload.arguments = len(graph.input_ids) + len(graph.output_ids)
     held: dict[int, Held] = {}
     for index, entry in enumerate(graph.values):
@@ -129,22 +134,27 @@ def _read_vulkan(data: bytes, file: ProgramFile, artifact: Artifact) -> Payload:
         if call.name == "et_vk.prepack.default":
             if constants[0]:
                 held[call.args[-1]] = constants[0]
-            continue
-        payload.ops.append(call.name)
-        match call.name:
-            case "aten.linear.default" if constants[1]:
-                _add_linear(payload, replace(constants[1], transposed=True), spec)
-            case "aten.mm.default":
-                _add_linear(payload, constants[1], spec)
-            case "et_vk.linear_q4gsw.default" if constants[1] and constants[2]:
-                payload.uses.append(Use("linear", _read_vulkan_int4(constants[1], constants[2])))
-            case "aten._weight_int8pack_mm.default" if constants[1] and constants[2]:
-                payload.uses.append(Use("linear", _read_rows(constants[1], constants[2])))
-            case "aten.embedding.default" if constants[0] and _is_table(constants[0], spec):
-                payload.uses.append(Use("embedding", lambda _name, table=constants[0]: table.read()))
-            case "aten.mul.Tensor" if constants[1] and _is_norm(constants[1], spec):
-                payload.uses.append(Use("rms_norm", _read_norm(constants[1])))
+        else:
+            payload.ops.append(call.name)
+            _add_vulkan_use(call.name, constants, payload=payload, spec=artifact.spec)
     return payload
+
+
+def _add_vulkan_use(kind: str, constants: Sequence[Held | None], *, payload: Payload, spec: ModelSpec) -> None:
+    first, second, third = [*constants, None, None][:3]
+    match kind:
+        case "aten.linear.default" if second:
+            _add_linear(payload, replace(second, transposed=True), spec)
+        case "aten.mm.default":
+            _add_linear(payload, second, spec)
+        case "et_vk.linear_q4gsw.default" if second and third:
+            payload.uses.append(Use("linear", _read_vulkan_int4(second, third)))
+        case "aten._weight_int8pack_mm.default" if second and third:
+            payload.uses.append(Use("linear", _read_rows(second, third)))
+        case "aten.embedding.default" if first and _is_table(first, spec):
+            payload.uses.append(Use("embedding", lambda _name: first.read()))
+        case "aten.mul.Tensor" if second and _is_norm(second, spec):
+            payload.uses.append(Use("rms_norm", _read_norm(second)))
 
 
 def _read_rows(codes: Held, scales: Held) -> Callable[[str], StoredWeight]:
@@ -173,8 +183,8 @@ def _read_coreml(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload
 
     from targets.coreml.package import Package
 
-    payload = Payload()
-    folder = tempfile.TemporaryDirectory(prefix="llama-export-")  # constants are read when they are asked for
+    folder = tempfile.TemporaryDirectory(prefix="llama-export-")
+    payload = Payload(folder=folder)
     if not executorchcoreml.unflatten_directory_contents(data, folder.name):
         raise LoweringError("a delegate holds no Core ML package", hint="lower the model again")
     lowered = Path(folder.name) / "lowered_module"
@@ -187,9 +197,9 @@ def _read_coreml(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload
         name = operation.outputs[0].name if operation.outputs else ""
         given = {key: [one.name for one in value.arguments] for key, value in operation.inputs.items()}
         if operation.type == "const":
-            _add_const(name, operation.attributes["val"], package, held, keep=folder)
+            _add_const(name, operation.attributes["val"], package, held)
         elif operation.type == "constexpr_blockwise_shift_scale":
-            stored[name] = _read_constexpr(operation, package, keep=folder)
+            stored[name] = _read_constexpr(operation, package)
             payload.ops.append(operation.type)
         else:
             payload.ops.append(operation.type)
@@ -198,24 +208,22 @@ def _read_coreml(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload
     return payload
 
 
-def _add_const(name: str, value: Any, package: Any, held: dict[str, Held], *, keep: object) -> None:
+def _add_const(name: str, value: Any, package: Package, held: dict[str, Held]) -> None:
     """A constant of floats; others, such as shapes, are none of the model's."""
     from targets.coreml.package import MilType
 
     tensor = value.type.tensorType
     if tensor.dataType in (MilType.FLOAT16, MilType.FLOAT32):
         shape = tuple(dimension.constant.size for dimension in tensor.dimensions)
-        # The folder lives as long as what is read from it.
-        held[name] = Held(shape=shape, read=lambda: (package.constant(value), keep)[0])
+        held[name] = Held(shape=shape, read=lambda: package.constant(value))
 
 
-def _read_constexpr(operation: Any, package: Any, *, keep: object) -> Callable[[str], StoredWeight]:
+def _read_constexpr(operation: Any, package: Package) -> Callable[[str], StoredWeight]:
     data, scale = (operation.inputs[key].arguments[0].value for key in ("data", "scale"))
 
     def read(name: str) -> QuantizedTensor:
         from targets.coreml.package import MilType
 
-        del keep
         bits = 4 if data.type.tensorType.dataType == MilType.INT4 else 8
         return quantized(name, package.constant(data), package.constant(scale).float(), bits=bits)
 
@@ -288,9 +296,8 @@ def _read_mps(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload:
             _add_linear(payload, second, spec)
         elif kind == "MPSMul" and second and _is_norm(second, spec):
             payload.uses.append(Use("rms_norm", _read_norm(second)))
-        elif kind == "MPSEmbedding" and (table := held.get(fields.get("weight_id", fields.get("input1_id", -1)))):
-            if _is_table(table, spec):
-                payload.uses.append(Use("embedding", lambda _name, table=table: table.read()))
+        elif kind == "MPSEmbedding" and _is_table(first, spec) and first:
+            payload.uses.append(Use("embedding", lambda _name, table=first: table.read()))
     return payload
 
 
