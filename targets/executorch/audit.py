@@ -97,14 +97,12 @@ def _faults(anatomy: Anatomy, artifact: Artifact, delegation: Delegation) -> Ite
     if not anatomy.is_finite:
         yield "a constant is not finite"
     try:
-        weights = list(named(artifact, anatomy.uses))
+        for name, weight in named(artifact, anatomy.uses):
+            wanted, found = artifact.scheme.precision(name), _precision(weight)
+            if len(weight.shape) == 2 and found != wanted:
+                yield f"{name} is stored as {found}, {wanted} was asked for"
     except LoweringError as error:
         yield str(error)
-        return
-    for name, weight in weights:
-        wanted, found = artifact.scheme.precision(name), _precision(weight)
-        if weight.ndim == 2 and found != wanted:
-            yield f"{name} is stored as {found}, {wanted} was asked for"
 
 
 def _precision(weight: StoredWeight) -> str:

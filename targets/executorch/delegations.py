@@ -103,6 +103,7 @@ DELEGATIONS = {
             delegates=(1, 0),
             left_over=_EMBEDDINGS,
             precisions=tuple(Precision),
+            int4_per_row=True,
         ),
         Delegation(
             backend="mps",

@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 with border.toolchain("be imported"):
     from executorch.exir._serialize._flatbuffer import _flatc_decompile
+
+    from targets.executorch.xnnpack import NIBBLE_OFFSET
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +90,10 @@ def _read_norm(held: Held) -> Callable[[str], StoredWeight]:
     return lambda _name: held.read().flatten()
 
 
+def _read_table(held: Held) -> Callable[[str], StoredWeight]:
+    return lambda _name: held.read()
+
+
 def _is_norm(held: Held | None, spec: ModelSpec) -> bool:
     return held is not None and math.prod(held.shape) == spec.hidden_size == max(held.shape)
 
@@ -125,9 +132,7 @@ def _read_vulkan(data: bytes, file: ProgramFile, artifact: Artifact) -> Payload:
         elif isinstance(value, vk.VkTensor) and value.constant_id >= 0:
             shape, dtype = tuple(value.dims), _VULKAN_DTYPES[int(value.datatype)]
             key = graph.constants[value.constant_id].named_key
-            held[index] = Held(
-                shape=shape, read=lambda key=key, shape=shape, dtype=dtype: file.named(key, shape=shape, dtype=dtype)
-            )
+            held[index] = Held(shape=shape, read=partial(file.named, key, shape=shape, dtype=dtype))
     payload.held = list(held.values())
     for call in graph.chain:
         constants = [held.get(argument) for argument in call.args]
@@ -149,18 +154,23 @@ def _add_vulkan_use(kind: str, constants: Sequence[Held | None], *, payload: Pay
             _add_linear(payload, second, spec)
         case "et_vk.linear_q4gsw.default" if second and third:
             payload.uses.append(Use("linear", _read_vulkan_int4(second, third)))
-        case "aten._weight_int8pack_mm.default" if second and third:
+        case "aten._weight_int8pack_mm.default" | "et_vk.linear_qcs4w.default" if second and third:
             payload.uses.append(Use("linear", _read_rows(second, third)))
         case "aten.embedding.default" if first and _is_table(first, spec):
-            payload.uses.append(Use("embedding", lambda _name: first.read()))
+            payload.uses.append(Use("embedding", _read_table(first)))
         case "aten.mul.Tensor" if second and _is_norm(second, spec):
             payload.uses.append(Use("rms_norm", _read_norm(second)))
 
 
 def _read_rows(codes: Held, scales: Held) -> Callable[[str], StoredWeight]:
+    """One scale a row; codes of int4 from 0, the high nibble first."""
+
     def read(name: str) -> QuantizedTensor:
         matrix = codes.read()
-        return quantized(name, matrix, scales.read()[: len(matrix)], bits=8)
+        bits = 8 if matrix.dtype == torch.int8 else 4
+        if bits == 4:
+            matrix = unpack_int4(((matrix << 4) | (matrix >> 4)) ^ NIBBLE_OFFSET)
+        return quantized(name, matrix, scales.read()[: len(matrix)], bits=bits)
 
     return read
 
@@ -169,7 +179,7 @@ def _read_vulkan_int4(codes: Held, scales: Held) -> Callable[[str], StoredWeight
     """Codes from 0, the low nibble first; scales [K / group, N]."""
 
     def read(name: str) -> QuantizedTensor:
-        matrix = unpack_int4(codes.read() ^ 0x88)
+        matrix = unpack_int4(codes.read() ^ NIBBLE_OFFSET)
         return quantized(name, matrix, scales.read().mT[: len(matrix)].contiguous(), bits=4)
 
     return read
@@ -251,7 +261,7 @@ def _add_coreml_use(
             if name in stored:
                 payload.uses.append(Use("embedding", stored[name]))
             elif name in held and _is_table(held[name], spec):
-                payload.uses.append(Use("embedding", lambda _name, table=held[name]: table.read()))
+                payload.uses.append(Use("embedding", _read_table(held[name])))
         case "mul":
             constants = [held[name] for names in given.values() for name in names if name in held]
             payload.uses.extend(Use("rms_norm", _read_norm(one)) for one in constants if _is_norm(one, spec))
@@ -282,7 +292,7 @@ def _read_mps(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload:
         if size:
             shape, dtype = tuple(value["dims"]), _MPS_DTYPE_NAMES[value["datatype"]]
             contents = data[offset : offset + size]
-            held[index] = Held(shape=shape, read=lambda c=contents, d=dtype, s=shape: _tensor(c, dtype=d, shape=s))
+            held[index] = Held(shape=shape, read=partial(_tensor, contents, dtype=dtype, shape=shape))
     payload.held = list(held.values())
     for node in graph["mps_nodes"]:
         kind, fields = node["mpsnode_union_type"], node["mpsnode_union"]
@@ -297,7 +307,7 @@ def _read_mps(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload:
         elif kind == "MPSMul" and second and _is_norm(second, spec):
             payload.uses.append(Use("rms_norm", _read_norm(second)))
         elif kind == "MPSEmbedding" and _is_table(first, spec) and first:
-            payload.uses.append(Use("embedding", lambda _name, table=first: table.read()))
+            payload.uses.append(Use("embedding", _read_table(first)))
     return payload
 
 
@@ -351,9 +361,8 @@ def _read_tosa(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload:
             shape, dtype = tuple(tensor.ShapeAsNumpy().tolist()), _TOSA_DTYPES[tensor.Type()]
             size = math.prod(shape) * dtype.itemsize
             contents = tensor.DataAsNumpy().tobytes()[:size]  # padded to eight bytes
-            held[tensor.Name().decode()] = Held(
-                shape=shape, read=lambda c=contents, d=dtype, s=shape: _tensor(c, dtype=d, shape=s)
-            )
+            read = partial(_tensor, contents, dtype=dtype, shape=shape)
+            held[tensor.Name().decode()] = Held(shape=shape, read=read)
     payload.held = list(held.values())
     for index in range(block.OperatorsLength()):
         operator = block.Operators(index)

@@ -73,7 +73,7 @@ class Decoder(nn.Module):
                     self._add("linear", node, lambda w: form.linear(weights[w.name]))
                 case "rms_norm":
                     eps = float(node.arguments[2])  # type: ignore[arg-type]  # VOCABULARY: x, weight, eps
-                    self._add("rms_norm", node, lambda w, eps=eps: Norm(weights[w.name], eps=eps))
+                    self._add("rms_norm", node, partial(_norm, weights, eps=eps))
         self.attentions = nn.ModuleDict(
             {
                 past.node.replace(".", "_"): form.attention(
@@ -107,6 +107,10 @@ class Decoder(nn.Module):
     def _wanted(self, x: Tensor, weight: Weight) -> Tensor:
         """What the norm reads: before the head only the last position, where the logits of others are not wanted."""
         return x[:, -1:] if weight.name == FINAL_NORM and self._logits is Logits.LAST else x
+
+
+def _norm(weights: Weights, weight: Weight, *, eps: float) -> nn.Module:
+    return Norm(weights[weight.name], eps=eps)
 
 
 def _key(op: str, weight: Weight) -> str:
