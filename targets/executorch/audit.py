@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 
 from exporter.errors import LoweringError
 from exporter.quantized import QuantizedTensor
@@ -24,7 +25,7 @@ _PLAIN = frozenset({"executorch_prim::et_view", "aten::copy_"})
 
 
 class Anatomy:
-    """One program taken apart. Raises LoweringError where a delegate cannot be read."""
+    """One program taken apart, open until it is closed. Raises LoweringError where a delegate cannot be read."""
 
     def __init__(self, file: ProgramFile, artifact: Artifact, delegation: Delegation) -> None:
         self.left_over: Counter[str] = Counter()
@@ -55,18 +56,22 @@ class Anatomy:
                 self.uses += kernels.of(call)
         self.is_finite = all(payload.is_finite() for payload in self.payloads) and file.is_finite()
 
+    def close(self) -> None:
+        for payload in self.payloads:
+            if payload.folder:
+                payload.folder.cleanup()
+
 
 def read_weights(artifact: Artifact, delegation: Delegation) -> Iterator[tuple[str, StoredWeight]]:
     """Every weight under its name, from delegates and from the program around them. Raises LoweringError."""
-    with ProgramFile(artifact.path) as file:
-        yield from named(artifact, Anatomy(file, artifact, delegation).uses)
+    with ProgramFile(artifact.path) as file, closing(Anatomy(file, artifact, delegation)) as anatomy:
+        yield from named(artifact, anatomy.uses)
 
 
 def audit(artifact: Artifact, delegation: Delegation) -> Report:
     """Passed where the delegates are as many as expected and hold the model's ops and weights in the precision asked
     for, nothing but known kernels is left outside, and every number is finite."""
-    with ProgramFile(artifact.path) as file:
-        anatomy = Anatomy(file, artifact, delegation)
+    with ProgramFile(artifact.path) as file, closing(Anatomy(file, artifact, delegation)) as anatomy:
         faults = list(_faults(anatomy, artifact, delegation))
         figures = {
             "delegates": dict(anatomy.delegates),
@@ -92,14 +97,12 @@ def _faults(anatomy: Anatomy, artifact: Artifact, delegation: Delegation) -> Ite
     if not anatomy.is_finite:
         yield "a constant is not finite"
     try:
-        weights = list(named(artifact, anatomy.uses))
+        for name, weight in named(artifact, anatomy.uses):
+            wanted, found = artifact.scheme.precision(name), _precision(weight)
+            if len(weight.shape) == 2 and found != wanted:
+                yield f"{name} is stored as {found}, {wanted} was asked for"
     except LoweringError as error:
         yield str(error)
-        return
-    for name, weight in weights:
-        wanted, found = artifact.scheme.precision(name), _precision(weight)
-        if weight.ndim == 2 and found != wanted:
-            yield f"{name} is stored as {found}, {wanted} was asked for"
 
 
 def _precision(weight: StoredWeight) -> str:

@@ -1,7 +1,7 @@
 """Programs for backends that ExecuTorch's wheel lowers to on any host, and runs on none but their own.
 
 A backend's partitioner takes what it can of one static step, a token at a position, and makes delegates of it; what is
-left over runs on ExecuTorch's own kernels. Which forms each backend is given, and why, is a row of ``FORMS``.
+left over runs on ExecuTorch's own kernels. In which form each is given the model is a row of ``RECIPES``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from targets.executorch.metadata import describe
 with border.toolchain("be imported"):
     import executorch.extension.llm.custom_ops.custom_ops  # declares llama::*
     import executorch.kernels.quantized  # noqa: F401  (declares quantized_decomposed, for embeddings)
+    import torch.ao.quantization.fx._decomposed  # declares more of quantized_decomposed
     import torchao.quantization.quant_primitives  # noqa: F401  (declares torchao::dequantize_affine)
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 
@@ -47,13 +48,14 @@ def write_program(
     dtype = torch.float16 if half else torch.float32
     with border.toolchain(f"lower the graph for {delegation.backend}"):
         form = recipe.form(dtype)
+        custom = form.attention is CustomAttention
         decoder = Decoder(graph, weights, form=form, context=context, logits=Logits.LAST)
         examples = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         exported = torch.export.export(decoder, examples, strict=False)
         edge = to_edge_transform_and_lower(
             exported,
             partitioner=recipe.partitioners(),
-            constant_methods=describe(graph.spec, context=context, longest=1),
+            constant_methods=describe(graph.spec, context=context, longest=1, custom_attention=custom),
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=recipe.skip_dim_order),
         )
         program = edge.to_executorch(ExecutorchBackendConfig(run_reinplace_pass=True))
@@ -101,14 +103,18 @@ class AffineEmbedding(AffineLinear):
 
 
 class RowLinear(nn.Module):
-    """x float32 [1, 1, K] -> float32 [1, 1, N] with int8 codes, one scale a row, by ATen's own op for that."""
+    """x float32 [1, 1, K] -> float32 [1, 1, N] with codes that have one scale a row, in the ops by which Vulkan's
+    partitioner recognises them."""
 
     def __init__(self, weight: QuantizedTensor) -> None:
         super().__init__()
         self.codes, self.scales = nn.Buffer(weight.codes), nn.Buffer(weight.scales[:, 0].contiguous())
+        self.zeros = nn.Buffer(torch.zeros(len(weight.codes), dtype=torch.int64))
+        self.bounds = _CODE_BOUNDS[weight.bits]
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x[0], self.codes, self.scales).unsqueeze(0)
+        dequantize, axis = torch.ops.quantized_decomposed.dequantize_per_channel, 0
+        return F.linear(x, dequantize(self.codes, self.scales, self.zeros, axis, *self.bounds, torch.int8))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +141,10 @@ def _coreml_form(dtype: torch.dtype) -> Form:
 
 
 def _coreml_partitioners() -> list[Any]:
-    import coremltools as ct
-    from executorch.backends.apple.coreml.compiler import CoreMLBackend
+    from executorch.backends.apple.coreml.compiler import CoreMLBackend, coreml_preprocess
     from executorch.backends.apple.coreml.partition import CoreMLPartitioner
+
+    ct = coreml_preprocess.ct
 
     # FLOAT32 means that coremltools changes no dtype: what is to be float16 is so in the graph.
     specs = CoreMLBackend.generate_compile_specs(
@@ -152,7 +159,7 @@ def _vulkan_form(_dtype: torch.dtype) -> Form:
     def linear(weight: StoredWeight) -> nn.Module:
         if not isinstance(weight, QuantizedTensor):
             return FloatLinear(weight)
-        if weight.bits == 8:
+        if weight.group_size == weight.shape[1]:
             return RowLinear(weight)
         return AffineLinear(weight, dtype=torch.float32, zeros=True)
 

@@ -77,7 +77,9 @@ class Probe:
     needs: tuple[Need, ...]
 
 
-_EMBEDDINGS = frozenset({"aten::embedding", "quantized_decomposed::embedding_byte", "quantized_decomposed::embedding_4bit"})
+_EMBEDDINGS = frozenset(
+    {"aten::embedding", "quantized_decomposed::embedding_byte", "quantized_decomposed::embedding_4bit"}
+)
 
 DELEGATIONS = {
     delegation.backend: delegation
@@ -101,6 +103,7 @@ DELEGATIONS = {
             delegates=(1, 0),
             left_over=_EMBEDDINGS,
             precisions=tuple(Precision),
+            int4_per_row=True,
         ),
         Delegation(
             backend="mps",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NoReturn
 
@@ -40,10 +40,12 @@ class _ElsewhereTarget(ExecuTorchTarget):
     def structure_parts(self, graph: Graph, scheme: WeightScheme) -> Sequence[Graph]:
         return [graph]
 
+    @contextmanager
     def open_structure(
         self, artifact: Artifact, *, graph: Graph, store: WeightStore, plan: Plan, scratch: Path
-    ) -> AbstractContextManager[Runner]:
+    ) -> Iterator[Runner]:
         self._refuse_to_run()
+        yield  # never reached: it makes this a generator, as the supertype's is
 
     def observe(self, artifact: Artifact, *, graph: Graph, calls: Sequence[Sequence[int]], threads: int) -> Observation:
         self._refuse_to_run()
@@ -109,9 +111,7 @@ class DelegatedTarget(_ElsewhereTarget):
     def _in_half(self, scheme: WeightScheme) -> bool:
         """Whether linears compute in float16: where a matrix is stored so, or codes are to become it."""
         rest = (scheme.body, scheme.embedding, scheme.head, *(rule.precision for rule in scheme.rules))
-        return any(
-            precision is Precision.FP16 or (self.delegation.half and precision.bits) for precision in rest
-        )
+        return any(precision is Precision.FP16 or (self.delegation.half and precision.bits) for precision in rest)
 
 
 class ProbedTarget(_ElsewhereTarget):

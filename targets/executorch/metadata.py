@@ -10,8 +10,8 @@ from exporter.spec import ModelSpec
 def describe(spec: ModelSpec, *, context: int, longest: int, custom_attention: bool = False) -> dict[str, Any]:
     """The constant methods by which a runner knows the model, under the names that ExecuTorch's own runners read.
 
-    ``longest``: the tokens that one call takes at most; ``get_max_seq_len`` is this true bound. A program of ``longest``
-    1 has no dynamic length. ``custom_attention``: whether it calls ``llama::custom_sdpa``.
+    ``longest``: the tokens that one call takes at most; ``get_max_seq_len`` is this true bound. Where that is 1 there
+    is no dynamic length. ``custom_attention``: whether attention is ExecuTorch's own ops.
     """
     described: dict[str, Any] = {
         "get_max_seq_len": longest,

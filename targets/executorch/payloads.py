@@ -12,9 +12,10 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,13 @@ from targets.executorch import border
 from targets.executorch.read import ProgramFile, quantized
 from targets.executorch.uses import Use
 
+if TYPE_CHECKING:
+    from targets.coreml.package import Package
+
 with border.toolchain("be imported"):
     from executorch.exir._serialize._flatbuffer import _flatc_decompile
+
+    from targets.executorch.xnnpack import NIBBLE_OFFSET
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +71,8 @@ class Payload:
     """Every floating-point number that is an argument."""
     arguments: int = 0
     """Inputs and outputs: what a call has to bring."""
+    folder: tempfile.TemporaryDirectory[str] | None = None
+    """What its constants are read from, where they had to be unpacked; whoever reads them cleans up."""
 
     def is_finite(self) -> bool:
         """Whether no constant and no number is infinite or not a number."""
@@ -80,6 +88,10 @@ def _add_linear(payload: Payload, held: Held | None, spec: ModelSpec) -> None:
 
 def _read_norm(held: Held) -> Callable[[str], StoredWeight]:
     return lambda _name: held.read().flatten()
+
+
+def _read_table(held: Held) -> Callable[[str], StoredWeight]:
+    return lambda _name: held.read()
 
 
 def _is_norm(held: Held | None, spec: ModelSpec) -> bool:
@@ -108,7 +120,7 @@ def _read_vulkan(data: bytes, file: ProgramFile, artifact: Artifact) -> Payload:
         flatbuffer_to_vk_graph,
     )
 
-    graph, payload, spec = flatbuffer_to_vk_graph(extract_vk_flatbuffer(data)), Payload(), artifact.spec
+    graph, payload = flatbuffer_to_vk_graph(extract_vk_flatbuffer(data)), Payload()
     payload.arguments = len(graph.input_ids) + len(graph.output_ids)
     held: dict[int, Held] = {}
     for index, entry in enumerate(graph.values):
@@ -120,37 +132,45 @@ def _read_vulkan(data: bytes, file: ProgramFile, artifact: Artifact) -> Payload:
         elif isinstance(value, vk.VkTensor) and value.constant_id >= 0:
             shape, dtype = tuple(value.dims), _VULKAN_DTYPES[int(value.datatype)]
             key = graph.constants[value.constant_id].named_key
-            held[index] = Held(
-                shape=shape, read=lambda key=key, shape=shape, dtype=dtype: file.named(key, shape=shape, dtype=dtype)
-            )
+            held[index] = Held(shape=shape, read=partial(file.named, key, shape=shape, dtype=dtype))
     payload.held = list(held.values())
     for call in graph.chain:
         constants = [held.get(argument) for argument in call.args]
         if call.name == "et_vk.prepack.default":
             if constants[0]:
                 held[call.args[-1]] = constants[0]
-            continue
-        payload.ops.append(call.name)
-        match call.name:
-            case "aten.linear.default" if constants[1]:
-                _add_linear(payload, replace(constants[1], transposed=True), spec)
-            case "aten.mm.default":
-                _add_linear(payload, constants[1], spec)
-            case "et_vk.linear_q4gsw.default" if constants[1] and constants[2]:
-                payload.uses.append(Use("linear", _read_vulkan_int4(constants[1], constants[2])))
-            case "aten._weight_int8pack_mm.default" if constants[1] and constants[2]:
-                payload.uses.append(Use("linear", _read_rows(constants[1], constants[2])))
-            case "aten.embedding.default" if constants[0] and _is_table(constants[0], spec):
-                payload.uses.append(Use("embedding", lambda _name, table=constants[0]: table.read()))
-            case "aten.mul.Tensor" if constants[1] and _is_norm(constants[1], spec):
-                payload.uses.append(Use("rms_norm", _read_norm(constants[1])))
+        else:
+            payload.ops.append(call.name)
+            _add_vulkan_use(call.name, constants, payload=payload, spec=artifact.spec)
     return payload
 
 
+def _add_vulkan_use(kind: str, constants: Sequence[Held | None], *, payload: Payload, spec: ModelSpec) -> None:
+    first, second, third = [*constants, None, None][:3]
+    match kind:
+        case "aten.linear.default" if second:
+            _add_linear(payload, replace(second, transposed=True), spec)
+        case "aten.mm.default":
+            _add_linear(payload, second, spec)
+        case "et_vk.linear_q4gsw.default" if second and third:
+            payload.uses.append(Use("linear", _read_vulkan_int4(second, third)))
+        case "aten._weight_int8pack_mm.default" | "et_vk.linear_qcs4w.default" if second and third:
+            payload.uses.append(Use("linear", _read_rows(second, third)))
+        case "aten.embedding.default" if first and _is_table(first, spec):
+            payload.uses.append(Use("embedding", _read_table(first)))
+        case "aten.mul.Tensor" if second and _is_norm(second, spec):
+            payload.uses.append(Use("rms_norm", _read_norm(second)))
+
+
 def _read_rows(codes: Held, scales: Held) -> Callable[[str], StoredWeight]:
+    """One scale a row; codes of int4 from 0, the high nibble first."""
+
     def read(name: str) -> QuantizedTensor:
         matrix = codes.read()
-        return quantized(name, matrix, scales.read()[: len(matrix)], bits=8)
+        bits = 8 if matrix.dtype == torch.int8 else 4
+        if bits == 4:
+            matrix = unpack_int4(((matrix << 4) | (matrix >> 4)) ^ NIBBLE_OFFSET)
+        return quantized(name, matrix, scales.read()[: len(matrix)], bits=bits)
 
     return read
 
@@ -159,7 +179,7 @@ def _read_vulkan_int4(codes: Held, scales: Held) -> Callable[[str], StoredWeight
     """Codes from 0, the low nibble first; scales [K / group, N]."""
 
     def read(name: str) -> QuantizedTensor:
-        matrix = unpack_int4(codes.read() ^ 0x88)
+        matrix = unpack_int4(codes.read() ^ NIBBLE_OFFSET)
         return quantized(name, matrix, scales.read().mT[: len(matrix)].contiguous(), bits=4)
 
     return read
@@ -173,8 +193,8 @@ def _read_coreml(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload
 
     from targets.coreml.package import Package
 
-    payload = Payload()
-    folder = tempfile.TemporaryDirectory(prefix="llama-export-")  # constants are read when they are asked for
+    folder = tempfile.TemporaryDirectory(prefix="llama-export-")
+    payload = Payload(folder=folder)
     if not executorchcoreml.unflatten_directory_contents(data, folder.name):
         raise LoweringError("a delegate holds no Core ML package", hint="lower the model again")
     lowered = Path(folder.name) / "lowered_module"
@@ -187,9 +207,9 @@ def _read_coreml(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload
         name = operation.outputs[0].name if operation.outputs else ""
         given = {key: [one.name for one in value.arguments] for key, value in operation.inputs.items()}
         if operation.type == "const":
-            _add_const(name, operation.attributes["val"], package, held, keep=folder)
+            _add_const(name, operation.attributes["val"], package, held)
         elif operation.type == "constexpr_blockwise_shift_scale":
-            stored[name] = _read_constexpr(operation, package, keep=folder)
+            stored[name] = _read_constexpr(operation, package)
             payload.ops.append(operation.type)
         else:
             payload.ops.append(operation.type)
@@ -198,24 +218,22 @@ def _read_coreml(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload
     return payload
 
 
-def _add_const(name: str, value: Any, package: Any, held: dict[str, Held], *, keep: object) -> None:
+def _add_const(name: str, value: Any, package: Package, held: dict[str, Held]) -> None:
     """A constant of floats; others, such as shapes, are none of the model's."""
     from targets.coreml.package import MilType
 
     tensor = value.type.tensorType
     if tensor.dataType in (MilType.FLOAT16, MilType.FLOAT32):
         shape = tuple(dimension.constant.size for dimension in tensor.dimensions)
-        # The folder lives as long as what is read from it.
-        held[name] = Held(shape=shape, read=lambda: (package.constant(value), keep)[0])
+        held[name] = Held(shape=shape, read=lambda: package.constant(value))
 
 
-def _read_constexpr(operation: Any, package: Any, *, keep: object) -> Callable[[str], StoredWeight]:
+def _read_constexpr(operation: Any, package: Package) -> Callable[[str], StoredWeight]:
     data, scale = (operation.inputs[key].arguments[0].value for key in ("data", "scale"))
 
     def read(name: str) -> QuantizedTensor:
         from targets.coreml.package import MilType
 
-        del keep
         bits = 4 if data.type.tensorType.dataType == MilType.INT4 else 8
         return quantized(name, package.constant(data), package.constant(scale).float(), bits=bits)
 
@@ -243,7 +261,7 @@ def _add_coreml_use(
             if name in stored:
                 payload.uses.append(Use("embedding", stored[name]))
             elif name in held and _is_table(held[name], spec):
-                payload.uses.append(Use("embedding", lambda _name, table=held[name]: table.read()))
+                payload.uses.append(Use("embedding", _read_table(held[name])))
         case "mul":
             constants = [held[name] for names in given.values() for name in names if name in held]
             payload.uses.extend(Use("rms_norm", _read_norm(one)) for one in constants if _is_norm(one, spec))
@@ -274,7 +292,7 @@ def _read_mps(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload:
         if size:
             shape, dtype = tuple(value["dims"]), _MPS_DTYPE_NAMES[value["datatype"]]
             contents = data[offset : offset + size]
-            held[index] = Held(shape=shape, read=lambda c=contents, d=dtype, s=shape: _tensor(c, dtype=d, shape=s))
+            held[index] = Held(shape=shape, read=partial(_tensor, contents, dtype=dtype, shape=shape))
     payload.held = list(held.values())
     for node in graph["mps_nodes"]:
         kind, fields = node["mpsnode_union_type"], node["mpsnode_union"]
@@ -288,9 +306,8 @@ def _read_mps(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload:
             _add_linear(payload, second, spec)
         elif kind == "MPSMul" and second and _is_norm(second, spec):
             payload.uses.append(Use("rms_norm", _read_norm(second)))
-        elif kind == "MPSEmbedding" and (table := held.get(fields.get("weight_id", fields.get("input1_id", -1)))):
-            if _is_table(table, spec):
-                payload.uses.append(Use("embedding", lambda _name, table=table: table.read()))
+        elif kind == "MPSEmbedding" and _is_table(first, spec) and first:
+            payload.uses.append(Use("embedding", _read_table(first)))
     return payload
 
 
@@ -344,9 +361,8 @@ def _read_tosa(data: bytes, _file: ProgramFile, artifact: Artifact) -> Payload:
             shape, dtype = tuple(tensor.ShapeAsNumpy().tolist()), _TOSA_DTYPES[tensor.Type()]
             size = math.prod(shape) * dtype.itemsize
             contents = tensor.DataAsNumpy().tobytes()[:size]  # padded to eight bytes
-            held[tensor.Name().decode()] = Held(
-                shape=shape, read=lambda c=contents, d=dtype, s=shape: _tensor(c, dtype=d, shape=s)
-            )
+            read = partial(_tensor, contents, dtype=dtype, shape=shape)
+            held[tensor.Name().decode()] = Held(shape=shape, read=read)
     payload.held = list(held.values())
     for index in range(block.OperatorsLength()):
         operator = block.Operators(index)

@@ -41,7 +41,7 @@ class Form:
     """Of a matrix: x float32 [1, T, K] -> float32 [1, T, N]."""
     attention: type[Attention]
     dtype: torch.dtype = torch.float32
-    """Of queries, keys and values where they are multiplied. The cache is float32, or what the backend makes of that."""
+    """Of queries, keys and values where they are multiplied. The cache is float32, or what a backend makes of that."""
 
 
 class Here:
@@ -73,7 +73,7 @@ class Decoder(nn.Module):
                     self._add("linear", node, lambda w: form.linear(weights[w.name]))
                 case "rms_norm":
                     eps = float(node.arguments[2])  # type: ignore[arg-type]  # VOCABULARY: x, weight, eps
-                    self._add("rms_norm", node, lambda w, eps=eps: Norm(weights[w.name], eps=eps))
+                    self._add("rms_norm", node, partial(_norm, weights, eps=eps))
         self.attentions = nn.ModuleDict(
             {
                 past.node.replace(".", "_"): form.attention(
@@ -107,6 +107,10 @@ class Decoder(nn.Module):
     def _wanted(self, x: Tensor, weight: Weight) -> Tensor:
         """What the norm reads: before the head only the last position, where the logits of others are not wanted."""
         return x[:, -1:] if weight.name == FINAL_NORM and self._logits is Logits.LAST else x
+
+
+def _norm(weights: Weights, weight: Weight, *, eps: float) -> nn.Module:
+    return Norm(weights[weight.name], eps=eps)
 
 
 def _key(op: str, weight: Weight) -> str:
@@ -248,7 +252,9 @@ class FusedAttention(Attention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, here: Here) -> Tensor:
         at = here.input_pos
-        mask = here.once("mask", lambda: torch.where(self.positions <= at, 0.0, MASKED).to(self.dtype).view(1, 1, 1, -1))
+        mask = here.once(
+            "mask", lambda: torch.where(self.positions <= at, 0.0, MASKED).to(self.dtype).view(1, 1, 1, -1)
+        )
         q, k, v = (x.view(1, self.kv_heads, -1, self.head_dim) for x in (q, k, v))  # [1, KV, r or 1, D]
         if self.rotary:
             cos, sin = here.once(("tables", self.rotary), lambda: self._tables(lambda x: F.embedding(at, x)))
@@ -296,11 +302,12 @@ class CustomAttention(Attention):
 class FiniteAttention(Attention):
     """One token at a time in the fewest kinds of ops: sums, products, a softmax, and no number that is not finite.
 
-    Positions are float32 numbers, and a comparison of two is arithmetic on their difference: a row of the cache is
-    kept, or replaced, by a product with 1 or 0, which is exact, and so is a row of a table looked up by one.
+    Positions are float32 numbers: what is visible is arithmetic on their difference, and a row of a table is looked up
+    by a product with 1 or 0, which is exact.
 
-    The new cache is copied over the old one by an op of its own: a partitioner takes a buffer for a constant of its
-    delegate where no op that reads it is the one that changes it (executorch 1.4.1, ``tag_constant_data``).
+    The op that gives the new cache reads the old one itself. A partitioner takes a buffer for a constant of its
+    delegate where that is not so, and the delegate then has outputs that nobody expects (executorch 1.4.1,
+    ``tag_constant_data``).
     """
 
     keys_shape = "kds"
@@ -309,6 +316,7 @@ class FiniteAttention(Attention):
         super().__init__(node, head_dim=head_dim, context=context, dtype=dtype)
         self._refuse_part()
         self.positions = nn.Buffer(torch.arange(context, dtype=torch.float32).unsqueeze(0))  # [1, S]
+        self.zero = nn.Buffer(torch.zeros(1, 1))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, here: Here) -> Tensor:
         ahead = here.once("ahead", lambda: self.positions - here.input_pos.float())  # [1, S]: how far after the token
@@ -319,8 +327,9 @@ class FiniteAttention(Attention):
             cos, sin = here.once(("tables", self.rotary), lambda: self._tables(lambda x: is_here @ x))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         column = k.transpose(1, 2)  # [KV, D, 1]
-        keys = self.keys * (1.0 - is_here) + column * is_here
-        values = self.values * (1.0 - is_here).mT + v * is_here.mT
+        at = here.once("at", lambda: torch.eq(ahead, self.zero))  # bool [1, S]
+        keys = torch.where(at, column, self.keys)
+        values = torch.where(at.mT, v, self.values)
         self.keys.copy_(keys)
         self.values.copy_(values)
         shares = (torch.bmm(q * self.scale, keys) + mask).softmax(dim=-1)  # [KV, r, S]

@@ -50,9 +50,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Lowere
             ends = "int8" if precision == "int4" else precision
             scheme = scheme_of(precision, embedding=ends, head=ends)
             out, target = tmp_path_factory.mktemp("lowered"), load(f"executorch-{backend}")
-            made[backend, precision] = Lowered(
-                checkpoint, scheme, Logits.LAST, context=CONTEXT, out=out, target=target
-            )
+            made[backend, precision] = Lowered(checkpoint, scheme, Logits.LAST, context=CONTEXT, out=out, target=target)
         return made[backend, precision]
 
     return lowered
@@ -169,9 +167,7 @@ def test_single_steps_of_each_attention_equal_the_reference(form: str, tmp_path:
 
     scheme = scheme_of("fp32")
     checkpoint = write_checkpoint(tmp_path / "model")
-    lowered = Lowered(
-        checkpoint, scheme, Logits.ALL, context=CONTEXT, out=tmp_path / "portable", target=NotLowering()
-    )
+    lowered = Lowered(checkpoint, scheme, Logits.ALL, context=CONTEXT, out=tmp_path / "portable", target=NotLowering())
     attention = getattr(plain, form)
     made = plain.Form(embedding=embedding_module, linear=FloatLinear, attention=attention)  # type: ignore[arg-type]
     decoder = plain.Decoder(lowered.graph, lowered.store, form=made, context=CONTEXT, logits=Logits.LAST)
