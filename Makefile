@@ -18,6 +18,8 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable ".[dev]"
+# For executorch-arm. It asks for numpy below 2.2, and does with ours.
+	$(BIN)/pip install --quiet --no-deps tosa-tools==2026.5.0
 	touch $@
 
 demo: setup

@@ -40,7 +40,8 @@ LAYERS = (
 )
 """From the bottom up. A module may import from its own layer and from those below it."""
 TOOLCHAINS = {"executorch": "executorch", "torchao": "executorch", "onnxruntime": "onnxruntime", "onnx": "onnxruntime"}
-TOOLCHAINS |= {"onnx_ir": "onnxruntime", "onnxruntime_qnn": "onnxruntime", "coremltools": "coreml", "tosa": "executorch"}
+TOOLCHAINS |= {"onnx_ir": "onnxruntime", "onnxruntime_qnn": "onnxruntime"}
+TOOLCHAINS |= {"coremltools": "coreml", "tosa": "executorch"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -109,7 +109,10 @@ class FixedEmitter:
         heads, size = spec.num_key_value_heads, spec.head_dim
         input_ids = _value("input_ids", INT32, (1, length))
         inputs = [input_ids, self._positions, self._mask, *([self._logits_index] if self._logits_index else [])]
-        past, shapes = {}, {"logits": (1, 1 if self._logits is Logits.LAST else length, spec.vocab_size)}
+        past: dict[str, ir.Value] = {}
+        shapes: dict[str, tuple[int, ...]] = {
+            "logits": (1, 1 if self._logits is Logits.LAST else length, spec.vocab_size)
+        }
         for key, value in cache_names(spec.num_hidden_layers):
             past[f"past_{key}"] = _value(genai_name(PAST, key), HALF, (1, heads, size, context))
             past[f"past_{value}"] = _value(genai_name(PAST, value), HALF, (1, heads, context, size))
