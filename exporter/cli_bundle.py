@@ -198,8 +198,9 @@ def bundle(
         str | None,
         typer.Option(
             "--for",
-            help="executorch-android, executorch-ios, react-native-executorch, onnxruntime-genai or "
-            "swift-transformers: only the files it reads, under its names.",
+            help="executorch-android, executorch-ios, react-native-executorch, onnxruntime-genai, onnxruntime-mobile "
+            "(a .ort for minimal builds, and its operators) or swift-transformers: only the files it reads, under its "
+            "names.",
             show_default="all files",
         ),
     ] = None,

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import targets
 from exporter.bundle import MANIFEST, as_bytes, label_of, open_bundle, read_artifact
 from exporter.checkpoint.config import read_json
 from exporter.errors import InputError, UsageError
 from exporter.files import folder_in_progress, put_in_place, written_whole
-from exporter.spec import ModelSpec
+from exporter.spec import Artifact, ModelSpec
 from exporter.tokenizer import CHAT_TEMPLATE
 
 ZIP_ALIGNMENT = 16384
@@ -30,13 +31,21 @@ _ALIGNING = 0xD935
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loader:
-    """What one loader reads. ``files`` are copied from the bundle; ``written`` are made from it."""
+    """What one loader reads. ``files`` are copied from the bundle; ``written`` are made from it, and what ``converted``
+    gives is made from its artifact in a folder that it is told."""
 
     targets: tuple[str, ...]
     """Labels (``targets.label``)."""
     files: tuple[str, ...]
     written: Mapping[str, Callable[[Path, ModelSpec], Any]]
     optional: tuple[str, ...] = ()
+    converted: Callable[[Artifact, Path], tuple[Path, ...]] | None = None
+
+
+def _as_ort(artifact: Artifact, folder: Path) -> tuple[Path, ...]:
+    from targets.onnxruntime.ort_format import write_ort
+
+    return write_ort(artifact, folder)
 
 
 def _with_template(bundle: Path, _spec: ModelSpec) -> dict[str, Any]:
@@ -83,6 +92,8 @@ LOADERS: Mapping[str, Loader] = {
         written={"tokenizer_config.json": _with_template},
         optional=(CHAT_TEMPLATE,),
     ),
+    # A minimal build of ONNX Runtime, made for the operators that the second file lists.
+    "onnxruntime-mobile": Loader(targets=("onnxruntime",), files=_TOKENIZER, written={}, converted=_as_ort),
     # AutoTokenizer.from(modelFolder:) and LanguageModel.loadCompiled(url:), which want config.json beside the others.
     "swift-transformers": Loader(
         targets=("coreml",),
@@ -110,26 +121,34 @@ def pack(bundle: Path, *, loader: str | None, out: Path, zipped: bool) -> list[P
         raise UsageError(f"{out} is inside the bundle, which holds what its manifest lists", hint="name another --out")
     if out.exists() and (zipped or any(out.iterdir() if out.is_dir() else [out])):
         raise UsageError(f"{out} is there already", hint="remove it, or name another --out")
-    contents = _contents(bundle, loader=loader, manifest=manifest)
-    if zipped:
-        with written_whole(out) as temporary:
-            write_zip(temporary, contents)
-    else:
-        with folder_in_progress(out.parent, out.name) as folder:
-            for name, content in contents.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                if isinstance(content, bytes):
-                    (folder / name).write_bytes(content)
-                else:  # no hard link: readers of ONNX refuse weights that have a second name
-                    shutil.copyfile(content, folder / name)
-            if out.exists():
-                out.rmdir()
-            put_in_place(folder, out)
+    with folder_in_progress(out.parent, f"{out.name}.converted") as scratch:
+        contents = _contents(bundle, loader=loader, manifest=manifest, scratch=scratch)
+        if zipped:
+            with written_whole(out) as temporary:
+                write_zip(temporary, contents)
+        else:
+            _write_folder(out, contents)
     return list(contents)
 
 
-def _contents(bundle: Path, *, loader: str | None, manifest: Mapping[str, Any]) -> dict[Path, Path | bytes]:
-    """Each file by its name, sorted: where it lies in the bundle, or what is written for the loader."""
+def _write_folder(out: Path, contents: Mapping[Path, Path | bytes]) -> None:
+    with folder_in_progress(out.parent, out.name) as folder:
+        for name, content in contents.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                (folder / name).write_bytes(content)
+            else:  # no hard link: readers of ONNX refuse weights that have a second name
+                shutil.copyfile(content, folder / name)
+        if out.exists():
+            out.rmdir()
+        put_in_place(folder, out)
+
+
+def _contents(
+    bundle: Path, *, loader: str | None, manifest: Mapping[str, Any], scratch: Path
+) -> dict[Path, Path | bytes]:
+    """Each file by its name, sorted: where it lies in the bundle, or what is written for the loader. ``scratch`` is
+    where artifacts are converted."""
     if loader is None:
         return {name: bundle / name for name in sorted(_files(bundle))}
     wanted = LOADERS[loader]
@@ -138,7 +157,8 @@ def _contents(bundle: Path, *, loader: str | None, manifest: Mapping[str, Any]) 
             f"{bundle} was made for {label}, {loader} loads {' or '.join(wanted.targets)}",
             hint=f"export with --target {wanted.targets[0]}",
         )
-    spec = read_artifact(manifest, path=bundle).spec
+    artifact = read_artifact(manifest, path=targets.load(label).find(bundle))
+    spec = artifact.spec
     contents: dict[Path, Path | bytes] = {}
     for name in (*wanted.files, *wanted.optional):
         source = bundle / name
@@ -147,6 +167,8 @@ def _contents(bundle: Path, *, loader: str | None, manifest: Mapping[str, Any]) 
         inside = _files(source) if source.is_dir() else [Path()] if source.exists() else []
         contents |= {name / path: source / path for path in inside}
     contents |= {Path(name): as_bytes(make(bundle, spec)) for name, make in wanted.written.items()}
+    if wanted.converted:
+        contents |= {Path(path.name): path for path in wanted.converted(artifact, scratch)}
     return dict(sorted(contents.items()))
 
 
