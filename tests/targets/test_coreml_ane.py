@@ -509,8 +509,7 @@ def test_packages_keep_the_limit_and_cut_no_layer(gqa: Checkpoint) -> None:
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize("scheme", ["int8", "fp16"])
-@pytest.mark.parametrize("limit", [1_000_000, 60_000])
+@pytest.mark.parametrize(("scheme", "limit"), [("int8", 1_000_000), ("fp16", 60_000)])
 def test_a_head_of_many_rows_is_multiplied_in_blocks(
     toys: dict[str, Checkpoint], scheme: str, limit: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
