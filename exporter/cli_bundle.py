@@ -26,6 +26,18 @@ SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The same seed dr
 SystemOption = Annotated[str | None, typer.Option("--system", help="A system message to begin with.")]
 
 
+SinkOption = Annotated[int, typer.Option("--sink", min=0, help="First tokens that --sliding-window keeps as well.")]
+SlidingOption = Annotated[
+    int | None,
+    typer.Option(
+        "--sliding-window",
+        min=1,
+        help="Where the context is full, go on with the most recent tokens, this many, in place of ending there.",
+        show_default="an answer ends there",
+    ),
+]
+
+
 def add_bundle_commands(app: typer.Typer) -> None:
     """Register the commands of this file."""
     for command in (generate, chat, bench, bundle, verify):
@@ -48,14 +60,18 @@ def generate(
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
+    sliding_window: SlidingOption = None,
+    sink: SinkOption = 4,
     threads: ThreadsOption = 2,
     as_json: JsonOption = False,
 ) -> None:
     """Let the artifact go on from a text, on this host, with the bundle's own tokenizer and stop tokens."""
     with reporting() as progress:
         from exporter.generation import Conversation, Decoding, open_for_running, read_messages
+        from exporter.sliding import Sliding
 
         decoding = Decoding(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        sliding = Sliding(sink=sink, window=sliding_window) if sliding_window else None
         if messages and (prompt or as_chat or system):
             raise UsageError("--messages says it all", hint="leave the prompt, --chat and --system out")
         if system and not as_chat:
@@ -71,7 +87,7 @@ def generate(
         with opened.target.open(opened.artifact, threads=threads) as runner:
             progress.silence()
             _say_what_runs(opened)
-            answer, pieces = Conversation(opened, runner, decoding).reply(ids, max_tokens=max_tokens)
+            answer, pieces = Conversation(opened, runner, decoding, sliding=sliding).reply(ids, max_tokens=max_tokens)
             for piece in pieces:
                 if not as_json:
                     typer.echo(piece, nl=False)
@@ -91,20 +107,24 @@ def chat(
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
+    sliding_window: SlidingOption = None,
+    sink: SinkOption = 4,
     threads: ThreadsOption = 2,
 ) -> None:
     """Talk to the artifact on this host: a line is a message. /new starts anew, /quit or the end of input ends."""
     with reporting() as progress:
         from exporter.generation import Conversation, Decoding, open_for_running
+        from exporter.sliding import Sliding
 
         decoding = Decoding(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        sliding = Sliding(sink=sink, window=sliding_window) if sliding_window else None
         progress.stage("loading")
         opened = open_for_running(bundle)
         opened.tokenizer.render(_asked("", system=system))  # a bundle without a template is refused before it is loaded
         with opened.target.open(opened.artifact, threads=threads) as runner:
             progress.silence()
             _say_what_runs(opened)
-            _talk(opened, Conversation(opened, runner, decoding), system=system, max_tokens=max_tokens)
+            _talk(opened, Conversation(opened, runner, decoding, sliding=sliding), system=system, max_tokens=max_tokens)
 
 
 def _talk(opened: OpenedBundle, conversation: Conversation, *, system: str | None, max_tokens: int) -> None:

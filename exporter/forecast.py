@@ -35,6 +35,13 @@ _LOWER_S = {"onnxruntime": (0.0, 3.9e-9), "executorch": (6.3, 3.3e-9), "coreml":
 _LOWER_BYTES = {"onnxruntime": (0.32, 0.136), "executorch": (0.78, 0.60), "coreml": (0.60, 0.956)}
 """GiB of anonymous memory at once and for 1e9 parameters."""
 
+_MINIMUM_OS = {
+    "coreml": {"ios": "iOS 18", "ipados": "iPadOS 18", "macos": "macOS 15"},
+    "executorch": {"ios": "iOS 17", "ipados": "iPadOS 17", "macos": "macOS 14"},
+}
+"""What a bundle of a target asks of the system: Core ML's states; ExecuTorch's Swift package, as samples/ios takes it.
+Nothing is said of Android, where a runtime comes with the app."""
+
 _LEAST_CONTEXT = 512
 _ROOMY = 4
 """int8 is chosen for a device where it takes no more than this part of what an app gets: there is no need to lose."""
@@ -193,6 +200,12 @@ def serving(device: Device) -> tuple[str, str]:
         f"nothing on this host serves {device.name}: {'; '.join(passed_over)}",
         hint="llama-export doctor shows what can be installed",
     )
+
+
+def minimum_os(label: str, device: Device) -> str | None:
+    """The oldest system of the device's kind that runs a bundle of ``label``, where there is one to tell."""
+    target, _ = targets.split(label)
+    return _MINIMUM_OS.get(target, {}).get(device.os)
 
 
 def fitting_context(label: str, spec: ModelSpec, scheme: WeightScheme, device: Device, *, wanted: int) -> int:

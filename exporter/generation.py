@@ -16,6 +16,7 @@ from torch import Tensor
 import targets
 from exporter.bundle import label_of, open_bundle, read_artifact
 from exporter.errors import HostError, InputError, UsageError
+from exporter.sliding import Sliding
 from exporter.spec import Artifact
 from exporter.tokenizer import Tokenizer
 from targets.base import Runner, Target
@@ -90,7 +91,7 @@ class Ended(StrEnum):
     LENGTH = "length"
     """As many tokens as were asked for."""
     CONTEXT = "context"
-    """The cache is full."""
+    """The cache is full, and nothing says how to go on."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,21 +128,32 @@ class Answer:
 class Conversation:
     """One runner and what its cache holds, so that of each prompt only what is new is fed."""
 
-    def __init__(self, bundle: OpenedBundle, runner: Runner, decoding: Decoding) -> None:
+    def __init__(
+        self, bundle: OpenedBundle, runner: Runner, decoding: Decoding, *, sliding: Sliding | None = None
+    ) -> None:
+        """``sliding``: how to go on where the cache is full; None: an answer ends there."""
         self._bundle = bundle
         self._runner = runner
         self._sample = decoding.sampler()
+        self._context = bundle.artifact.context
+        self._sliding = sliding
+        if sliding:
+            sliding.check(context=self._context)
         self._held: list[int] = []
         self._stops = frozenset(bundle.artifact.spec.eos_token_ids)
 
     def reply(self, ids: Sequence[int], *, max_tokens: int) -> tuple[Answer, Iterator[str]]:
         """The answer to ``ids``, and its text, piece by piece, as it is made. Raises InputError where they leave no
         room for an answer."""
-        context = self._bundle.artifact.context
+        context = self._context
+        if self._sliding:
+            ids = self._sliding.left_of(ids, context=context)
         if not ids or len(ids) >= context:
             raise InputError(
                 f"the prompt has {len(ids)} tokens, 1 to {context - 1} fit the context of {context} and an answer",
-                hint="shorten it, start anew, or export with a larger --context" if ids else "give some text",
+                hint="shorten it, start anew, say --sliding-window, or export with a larger --context"
+                if ids
+                else "give some text",
             )
         answer = Answer(prompt_tokens=len(ids), ids=[])
         return answer, self._pieces(list(ids), answer, max_tokens=max_tokens)
@@ -161,25 +173,38 @@ class Conversation:
             if len(answer.ids) == max_tokens:
                 answer.ended = Ended.LENGTH
                 break
-            if self._runner.position == self._bundle.artifact.context:
+            if self._runner.position == self._context and not self._sliding:
                 answer.ended = Ended.CONTEXT
                 break
-            token = self._sample(self._runner.feed([token])[-1])
-            self._held.append(answer.ids[-1])
+            token = self._sample(self._go_on(token)[-1])
             answer.decode_s += sum(self._runner.steps_s)
         whole = self._bundle.tokenizer.decode(answer.ids)
         if rest := whole.removeprefix(answer.text):  # bytes of a character that never came to its end
             answer.text = whole
             yield rest
 
+    def _go_on(self, token: int) -> Tensor:
+        """Logits after one more token; a full cache slides first."""
+        if self._sliding and self._runner.position == self._context:
+            logits, _ = self._feed(self._sliding.left_of([*self._held, token], context=self._context))
+            return logits
+        self._held.append(token)
+        return self._runner.feed([token])
+
     def _prefill(self, ids: list[int], answer: Answer) -> int:
-        """Feed what the cache does not hold, the last token at least; the first token of the answer."""
+        """The first token of the answer to ``ids``."""
+        logits, fed = self._feed(ids)
+        answer.prefill_s, answer.prefilled_tokens = sum(self._runner.steps_s), fed
+        return self._sample(logits[-1])
+
+    def _feed(self, ids: list[int]) -> tuple[Tensor, int]:
+        """Make the cache hold ``ids``, by feeding those that it does not hold, the last at least: logits, and how many
+        these were."""
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self._held, strict=False)))
         self._runner.rewind(same)
-        logits = self._runner.feed(ids[same:])[-1]
+        logits = self._runner.feed(ids[same:])
         self._held = ids
-        answer.prefill_s, answer.prefilled_tokens = sum(self._runner.steps_s), len(ids) - same
-        return self._sample(logits)
+        return logits, len(ids) - same
 
 
 def read_messages(text: str) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.bundle import MANIFEST, as_bytes, open_bundle, read_artifact
+from exporter.bundle import MANIFEST, as_bytes, label_of, open_bundle, read_artifact
 from exporter.checkpoint.config import read_json
 from exporter.errors import InputError, UsageError
 from exporter.files import folder_in_progress, put_in_place, written_whole
@@ -33,6 +33,7 @@ class Loader:
     """What one loader reads. ``files`` are copied from the bundle; ``written`` are made from it."""
 
     targets: tuple[str, ...]
+    """Labels (``targets.label``)."""
     files: tuple[str, ...]
     written: Mapping[str, Callable[[Path, ModelSpec], Any]]
     optional: tuple[str, ...] = ()
@@ -132,9 +133,9 @@ def _contents(bundle: Path, *, loader: str | None, manifest: Mapping[str, Any]) 
     if loader is None:
         return {name: bundle / name for name in sorted(_files(bundle))}
     wanted = LOADERS[loader]
-    if manifest["target"] not in wanted.targets:
+    if (label := label_of(manifest)) not in wanted.targets:
         raise UsageError(
-            f"{bundle} was made for {manifest['target']}, {loader} loads {' or '.join(wanted.targets)}",
+            f"{bundle} was made for {label}, {loader} loads {' or '.join(wanted.targets)}",
             hint=f"export with --target {wanted.targets[0]}",
         )
     spec = read_artifact(manifest, path=bundle).spec

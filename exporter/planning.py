@@ -10,7 +10,7 @@ from typing import Any, TypedDict, Unpack
 from exporter.checkpoint.config import read_spec
 from exporter.devices import find_device
 from exporter.errors import UsageError
-from exporter.forecast import fitting_context, is_roomy_for_int8, serving
+from exporter.forecast import fitting_context, is_roomy_for_int8, minimum_os, serving
 from exporter.spec import (
     EMBEDDING,
     GROUP_SIZES,
@@ -147,6 +147,9 @@ def settle(choices: Choices, spec: ModelSpec) -> tuple[Choices, tuple[str, ...]]
         choices = {**choices, "context": fitting}
         why = "the default" if fitting == context else f"{context} would not fit {device.name}"
         reasons.append(f"--context {fitting}: {why}")
+    if system := minimum_os(label, device):
+        shipped = f"; {device.name} came with {device.os_shipped}" if device.os_shipped else ""
+        reasons.append(f"needs {system} or later{shipped}")
     return choices, tuple(reasons)
 
 

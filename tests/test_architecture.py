@@ -25,7 +25,7 @@ LAYERS = (
     ("calibration",),
     ("targets",),
     ("exporter.codes", "exporter.parity", "exporter.quality", "exporter.latency", "exporter.bundle", "exporter.prove"),
-    ("exporter.bisect", "exporter.limits", "exporter.compare"),
+    ("exporter.bisect", "exporter.limits", "exporter.compare", "exporter.sliding"),
     (
         *("exporter.pipeline", "exporter.planning", "exporter.recipe", "exporter.texts", "exporter.progress"),
         *("exporter.report", "exporter.checks", "exporter.junit", "exporter.markdown", "exporter.html"),

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.bench_report import parameters
+from benchmarks.bench_report import BARE_WORKER, parameters
 from benchmarks.ours import INT4
+from benchmarks.peers import CONTEXT
 from benchmarks.shapes import SHAPES, write_random
 from exporter.checkpoint.config import read_spec
 from targets.footprint import footprint
@@ -83,6 +84,19 @@ def test_a_package_holds_each_code_once(checkpoint: Path, tmp_path: Path) -> Non
     count = parameters(CONFIG)
     held = (count["body"] * 4.5 + count["head"] * 8) / 8  # float16 scales; the embedding is the head
     assert held < record["artifact_bytes"]["coreml"] < 1.02 * held
+
+
+@pytest.mark.parametrize(("target", "file"), [("onnxruntime", "model.onnx"), ("executorch", "model.pte")])
+def test_a_run_holds_what_plan_foresees(target: str, file: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Within 15 %, beyond a process with no model in it."""
+    export(checkpoint, target, tmp_path / "out")
+    words = [target, str(tmp_path / "out" / target / file), "--checkpoint", str(checkpoint)]
+    command = [sys.executable, "-m", "benchmarks.run_once", *words, "--threads", "1", "--repetitions", "1"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    record = json.loads(done.stdout.splitlines()[-1])
+    bare = BARE_WORKER if target == "executorch" else record["idle_bytes"]
+    foreseen = footprint(target, read_spec(checkpoint), INT4, context=CONTEXT).memory_bytes
+    assert foreseen == pytest.approx(sum(record["peak_bytes"]) - sum(bare), rel=0.15)
 
 
 def _bytes(tensor: Any) -> int:
