@@ -15,7 +15,7 @@ from exporter.spec import Artifact
 from targets.base import check_feed, check_rewind
 from targets.onnxruntime.chromium import SOFTWARE_GPU, Chromium
 
-_PLACED = re.compile(r"Node\(s\) placed on \[(?P<provider>\w+)\]")
+_PLACED = re.compile(r"[Nn]odes?(\(s\))? placed on \[(?P<provider>\w+)\]")
 _NODE = re.compile(r"VerifyEachNodeIsAssignedToAnEp\] +(?P<op>\w+) \((?P<name>\S+)\)")
 
 
@@ -74,14 +74,16 @@ class BrowserRunner:
 
     @property
     def placement(self) -> dict[str, list[str]]:
-        """Op types of the nodes that run on each execution provider, as the runtime has told on loading."""
+        """Op types of the nodes that run on each execution provider, as the runtime has told on loading; of a single
+        provider it names none."""
         placed: dict[str, list[str]] = {}
         provider = ""
         for line in self.told["lines"]:
             if match := _PLACED.search(line):
                 provider = match["provider"]
+                placed[provider] = []
             elif match := _NODE.search(line):
-                placed.setdefault(provider, []).append(match["op"])
+                placed[provider].append(match["op"])
         return placed
 
     def feed(self, ids: Sequence[int]) -> Tensor:

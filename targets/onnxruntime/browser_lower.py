@@ -1,8 +1,8 @@
 """The lowering for a browser: one file that onnxruntime-web runs on WebGPU and, where there is none, on WebAssembly.
 
-It is the CPU's table with three ops spelled otherwise. WebGPU has no kernel for products of a transposed weight, for
-bits, and for int8 activations of the CPU's blocks; what it has no kernel for would be computed in WebAssembly, with
-copies there and back.
+It is the CPU's table with four ops spelled otherwise. WebGPU has no kernel for products of a transposed weight, for
+bits, for int8 activations in the CPU's blocks, and without ``shader-f16`` for fp16; what it has no kernel for would be
+computed in WebAssembly, with copies there and back, or fail.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ class BrowserEmitter(Emitter):
     """At 4, what is computed is up to the GPU: int8 in blocks of 128 columns where it has subgroups and is not
     Apple's, floats elsewhere (``CanApplyDP4AMatrixMatMulNBits``, onnxruntime/contrib_ops/webgpu/quantization/
     dp4a_matmul_nbits.cc). WebAssembly computes in floats whatever it is asked for."""
+
+    def _rows(self, ids: ir.Value, weight: ir.Value) -> ir.Value:
+        """Of floats that are made at load: not every GPU computes in fp16."""
+        rows: ir.Value = self._op("Gather", self._to_float(weight), ids)
+        return rows
 
     def _product(self, x: ir.Value, weight: ir.Value) -> ir.Value:
         """The transpose is computed once, when the file is loaded."""

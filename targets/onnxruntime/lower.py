@@ -134,7 +134,7 @@ class Emitter:
     def _embedding(self, ids: ir.Value, weight: Weight) -> ir.Value:
         """Gather rows of codes and dequantize those alone, so that a tied head and the embedding share one tensor."""
         if not self._store.scheme.precision(weight.name).bits:
-            return self._to_float(self._op("Gather", self._dense(weight), ids))
+            return self._rows(ids, self._dense(weight))
         codes, scales, bits, _ = self._codes(weight)
         rows = self._op("Gather", codes, ids)  # uint8 [1, T, K/b, b*bits/8]
         if bits == 4:
@@ -142,6 +142,9 @@ class Emitter:
         centred = self._op("Sub", self._to_float(rows), self._constant(float(_ZERO_POINT[bits])))
         row_scales = self._op("Unsqueeze", self._op("Gather", scales, ids), self._constant([-1]))  # [1, T, K/b, 1]
         return self._op("Reshape", self._op("Mul", centred, row_scales), self._constant([0, 0, weight.shape[1]]))
+
+    def _rows(self, ids: ir.Value, weight: ir.Value) -> ir.Value:
+        return self._to_float(self._op("Gather", weight, ids))
 
     def _unpack_int4(self, packed: ir.Value) -> ir.Value:
         low = self._op("BitwiseAnd", packed, self._constant(np.uint8(15)))

@@ -18,7 +18,7 @@ from calibration.layers import ROUNDED, quantize
 from exporter.checkpoint import open_checkpoint
 from exporter.codes import check_codes, weight_digests
 from exporter.errors import HostError, LoweringError, MissingToolError
-from exporter.model.graph import Graph
+from exporter.model.graph import Graph, Value
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace
 from exporter.parity import Drive, all_at_once, drive, drive_for
@@ -116,14 +116,14 @@ def test_a_bisection_finds_every_product_in_the_file(
     artifact, graph, store = lower(toy, make_plan(toy.folder, **SCHEMES[scheme][0]))
     observed = WASM.observe(artifact, graph=graph, calls=[IDS[:9], IDS[9:12]], threads=1)
     first = observed.calls[0]
-    names = {value.name for value in first}
+    names = {value.node for value in first}
     assert [node.name for node in graph.nodes if node.op == "linear" and node.name not in names] == []
     reference = Reference(graph, store, observed.arithmetic)
     for node in graph.nodes:
-        inputs = [argument for argument in node.arguments if hasattr(argument, "index")]
+        inputs = [argument for argument in node.arguments if isinstance(argument, Value)]
         if node.op == "linear" and all(value in first for value in inputs):
             (expected,) = reference.compute(node, first)
-            (found,) = (value for at, value in first.items() if at.name == node.name)
+            (found,) = (value for at, value in first.items() if at.node == node.name)
             assert torch.allclose(found, expected, atol=1e-3 if scheme == "fp16" else 1e-4), node.name
 
 
