@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import targets
+from exporter.checkpoint.config import read_spec
 from exporter.codes import weight_digests
 from exporter.errors import HostError, LoweringError
 from exporter.model.reference import FULL_PRECISION
@@ -20,6 +21,7 @@ from exporter.prove import prove_codes
 from exporter.spec import PER_ROW, Logits, Precision, Verdict
 from targets import load
 from targets.executorch.delegations import DELEGATIONS, PROBES
+from targets.executorch.metadata import describe
 from tests.targets.test_executorch import CONTEXT, Lowered, scheme_of, tokens, write_checkpoint
 
 LOWERED = {
@@ -156,7 +158,7 @@ def test_one_changed_bit_of_a_weight_in_a_delegate_shows(toy: Callable[[str, str
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize("form", ["FusedAttention", "FiniteAttention"])
+@pytest.mark.parametrize("form", ["FusedAttention", "FiniteAttention", "CustomAttention"])
 def test_single_steps_of_each_attention_equal_the_reference(form: str, tmp_path: Path) -> None:
     """In eager torch: no runtime here executes the delegates."""
     import torch
@@ -186,6 +188,14 @@ class NotLowering:
 
 
 # --- what this host is told --------------------------------------------------------------------------------------
+
+
+def test_a_program_of_single_tokens_says_so_to_its_runner(tmp_path: Path) -> None:
+    spec = read_spec(write_checkpoint(tmp_path / "model"))
+    described = describe(spec, context=48, longest=1)
+    assert (described["get_max_seq_len"], described["get_max_context_len"]) == (1, 48)
+    assert (described["enable_dynamic_shape"], described["use_sdpa_with_kv_cache"]) == (False, False)
+    assert describe(spec, context=48, longest=16)["enable_dynamic_shape"] is True
 
 
 def test_every_backend_of_executorch_is_served_under_its_name() -> None:
@@ -255,8 +265,6 @@ def test_what_cannot_run_here_says_why_and_opens_nothing(backend: str) -> None:
 def test_precisions_that_a_backend_does_not_take_are_refused(
     backend: str, scheme: Any, says: str | None, tmp_path: Path, make_plan: Callable[..., Any]
 ) -> None:
-    from exporter.checkpoint.config import read_spec
-
     folder = write_checkpoint(tmp_path / "model")
     plan = replace(make_plan(folder), scheme=scheme)
     reason = load(f"executorch-{backend}").refuse(read_spec(folder), plan)
