@@ -45,7 +45,7 @@ FREE_BYTES = {"system": 400 << 20, "onnxruntime": 300 << 20, "executorch": 1500 
 
 NOT_FOR_CPU = (
     *("torch/lib/libtorch_cuda", "torch/lib/libtorch_nvshmem", "torch/lib/libc10_cuda", "torch/lib/libcaffe2_nvrtc"),
-    *("torch/include/", "torch/bin/", "torch/test/", "torch/share/", "executorch/include/", "executorch/data/"),
+    *("torch/include/", "torch/test/", "torch/share/", "executorch/include/", "executorch/data/"),
 )
 """Left in the wheels: 500 MB of CUDA, headers and tools. What the CPU half of torch links of it has stand-ins."""
 

