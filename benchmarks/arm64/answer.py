@@ -6,9 +6,11 @@ What it writes are logits float32 ``[m, V]`` at the golden positions, and what c
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
 import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,27 @@ from llamabundle.selftest import answer_goldens
 from numpy.typing import NDArray
 
 
+def import_torch() -> Any:
+    """torch, without the half of ``torch.distributed`` that asks for NCCL as it is imported: an emulated machine has
+    none of CUDA's libraries (``stubs.py``)."""
+    package = types.ModuleType("torch")
+    (where,) = (path for path in sys.path if Path(path, "torch", "__init__.py").is_file())
+    package.__path__ = [str(Path(where, "torch"))]
+    sys.modules["torch"] = package
+    native = importlib.import_module("torch._C")
+    for name in ("_c10d_init", "_rpc_init", "_dist_autograd_init"):  # without them it takes itself for one built without
+        delattr(native, name)
+    del sys.modules["torch"]
+    return importlib.import_module("torch")
+
+
 class Program:
     """A ``model.pte`` in ExecuTorch, called as ``llamabundle.Model`` is."""
 
     def __init__(self, bundle: Bundle) -> None:
         from importlib.metadata import version
 
-        import torch
+        torch = import_torch()
         from executorch.extension.pybindings import _portable_lib as runtime
 
         # As targets/executorch/worker.py: these hold the kernels of attention and of quantized embeddings.
