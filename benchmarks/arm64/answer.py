@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from llamabundle.bundle import Bundle
 from llamabundle.selftest import answer_goldens
-from numpy.typing import NDArray
 
 
 def import_torch() -> Any:
@@ -29,7 +30,7 @@ def import_torch() -> Any:
     package.__path__ = [str(Path(where, "torch"))]
     sys.modules["torch"] = package
     native = importlib.import_module("torch._C")
-    for name in ("_c10d_init", "_rpc_init", "_dist_autograd_init"):  # without them it takes itself for one built without
+    for name in ("_c10d_init", "_rpc_init", "_dist_autograd_init"):  # then it counts as built without
         delattr(native, name)
     del sys.modules["torch"]
     return importlib.import_module("torch")

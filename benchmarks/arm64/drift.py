@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,6 @@ def find_arithmetic(
     The reference has the codes that lie in the artifact. Where a core's kernels round otherwise than those that the
     artifact was made for, another row than the artifact's own is the nearest.
     """
-    from dataclasses import replace
-
     target = targets.load(targets.label(manifest["target"], manifest["backend"]))
     artifact = read_artifact(manifest, path=target.find(bundle))
     weights = dict(target.read_weights(artifact))
@@ -149,8 +147,9 @@ def open_checked(bundle: Path) -> tuple[dict[str, Any], Goldens]:
 def as_table(report: Mapping[str, Any]) -> str:
     """For a terminal."""
     lines = [
-        f"{report['model']} {report['precision']}, {report['runtime']}, {report['positions']} positions; mean KL at most "
-        f"{report['gate_mean_kl_nats']:.1e} (floor {report['floor_kl_nats']:.1e}), worst {report['gate_worst_kl_nats']:.1e}",
+        f"{report['model']} {report['precision']}, {report['runtime']}, {report['positions']} positions",
+        f"gates: mean KL {report['gate_mean_kl_nats']:.1e} (floor {report['floor_kl_nats']:.1e}), worst "
+        f"{report['gate_worst_kl_nats']:.1e} (floor {report['floor_worst_kl_nats']:.1e})",
         f"{'core':12} {'verdict':8} {'mean KL':>8} {'worst KL':>8} {'top-1':>7}  ",
     ]
     for one in report["cores"]:

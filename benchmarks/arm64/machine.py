@@ -1,7 +1,7 @@
 """An aarch64 machine in a folder: a few packages of Debian, the runtimes' own wheels, and qemu to execute them.
 
 Nothing is installed and nobody has to be root: apt works on lists of its own, packages are unpacked. Every folder is
-made whole or not at all, from what ``RECIPE`` and the requirements name; apt checks Debian's signatures, pip the hashes.
+made whole or not at all, from what ``RECIPE`` and the requirements name; apt checks Debian's signatures, pip hashes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Machine:
     """What executes a Python program with one runtime, as any of ``CORES``."""
 
     system: Path
-    site: Path
+    sites: tuple[Path, ...]
     """The unpacked wheels."""
 
     def command(self, core: Core, *words: str | Path) -> list[str]:
@@ -86,8 +87,8 @@ class Machine:
         return [qemu, "-cpu", core.name, "-L", str(root), str(root / f"usr/bin/python{PYTHON}"), *map(str, words)]
 
     def run(self, core: Core, *words: str | Path, paths: Sequence[Path] = ()) -> str:
-        """Standard output of ``python *words``, with ``paths`` before the wheels. Raises LoweringError where it fails."""
-        path = os.pathsep.join(map(str, (*paths, self.site)))
+        """Standard output of ``python *words``, ``paths`` before the wheels. Raises LoweringError where it fails."""
+        path = os.pathsep.join(map(str, (*paths, *self.sites)))
         # Nothing of the host's own Python and libraries may reach the other one.
         environment = {"PATH": os.defpath, "HOME": str(self.system), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
@@ -98,7 +99,7 @@ class Machine:
             said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise LoweringError(
                 f"on an emulated {core.name} the runtime ended {ended}: {said}",
-                hint="export the bundle again; if it stays so, the artifact cannot run on such a core: please report it",
+                hint="export the bundle again; if it stays so, the artifact does not run on such a core: report it",
             )
         return done.stdout
 
@@ -115,15 +116,17 @@ def set_up(runtime: str, *, cache: Path = CACHE) -> Machine:
     disk.
     """
     refuse_host()
-    requirements = (HERE / f"{runtime}.txt").read_text()
-    system = made(cache / "system", {"recipe": RECIPE}, lambda part: make_system(part), free=FREE_BYTES["system"])
-    site = made(
-        cache / runtime,
-        {"requirements": requirements, "left out": NOT_FOR_CPU, "system": RECIPE},
-        lambda part: make_site(part, runtime, system=system),
-        free=FREE_BYTES[runtime],
-    )
-    machine = Machine(system=system, site=site)
+    system = made(cache / "system", {"recipe": RECIPE}, make_system, free=FREE_BYTES["system"])
+    sites = [
+        made(
+            cache / name,
+            {"requirements": (HERE / f"{name}.txt").read_text(), "left out": NOT_FOR_CPU, "system": RECIPE},
+            partial(make_site, runtime=name, system=system),
+            free=FREE_BYTES[name],
+        )
+        for name in dict.fromkeys(("onnxruntime", runtime))  # the Python sample needs the first in any case
+    ]
+    machine = Machine(system=system, sites=tuple(sites))
     for core in CORES.values():
         check_core(machine, core)
     return machine
@@ -253,7 +256,7 @@ class Apt:
         return got
 
 
-def make_site(folder: Path, runtime: str, *, system: Path) -> dict[str, Any]:
+def make_site(folder: Path, *, runtime: str, system: Path) -> dict[str, Any]:
     """The wheels of ``runtime``'s requirements, unpacked into ``folder``."""
     wheels = folder / "wheels"
     platforms = [word for name in WHEELS for word in ("--platform", name)]

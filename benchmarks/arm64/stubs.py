@@ -2,8 +2,8 @@
 
 The only torch for aarch64 on the package index is linked against CUDA: its CPU half does not load until every library
 of NVIDIA's, and its own ``libtorch_cuda.so``, defines the symbols that it names. A stand-in defines exactly those, in
-the versions asked for: a function answers with the address of zeros, which as a status is an error, as a reference an empty
-object (one is asked for as torch loads). Nothing that computes is touched.
+the versions asked for: a function answers with the address of zeros, which as a status is an error, as a reference an
+empty object (one is asked for as torch loads). Nothing that computes is touched.
 
 Layouts: System V ABI, chapters 4 and 5; symbol versions: Linux Standard Base Core 5.0, 10.7.
 """
@@ -13,14 +13,14 @@ from __future__ import annotations
 import mmap
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 _AARCH64 = 183
 _PAGE = 0x10000  # the largest that Linux has on aarch64
 _DATA_BYTES = 4096  # of zeros, for a symbol that is read, not called
-_TYPE_BYTES = 64  # for a std::type_info: a table that is not there, then the type's name, which is all that is asked for
+_TYPE_BYTES = 64  # of a std::type_info: no table, then the type's name, which is all that is asked for
 _RELATIVE = 1027  # R_AARCH64_RELATIVE
 _SECTION, _SYMBOL, _DYNAMIC_ENTRY = "<IIQQQQIIQQ", "<IBBHQQ", "<QQ"
 _DYNAMIC, _DYNSYM, _VERNEED, _VERSYM = 6, 11, 0x6FFFFFFE, 0x6FFFFFFF
@@ -96,7 +96,7 @@ def _read(content: mmap.mmap) -> Linkage:
 
 
 def write_missing(libraries: Iterable[Path], folder: Path, *, provided: Iterable[Path]) -> list[str]:
-    """Stand-ins, in ``folder``, for all that ``libraries`` need and that neither they nor ``provided`` are: their names.
+    """Stand-ins, in ``folder``, for what ``libraries`` need and is neither of them nor ``provided``: their names.
 
     A symbol that names no library goes to the first of them, since the loader looks in all.
     """

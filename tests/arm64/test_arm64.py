@@ -61,9 +61,8 @@ def test_the_program_that_is_emulated_answers_as_the_exporters_runner(bundle: Pa
 @pytest.mark.arm64
 @pytest.mark.timeout(7200)  # the first one waits for downloads
 def test_every_core_answers_within_the_gates_that_the_bundle_was_proven_by(report: dict[str, Any]) -> None:
-    assert {one["core"]: (one["verdict"], one["reason"]) for one in report["cores"]} == {
-        core: ("passed", "") for core in (HOST, *CORES)
-    }
+    verdicts = {one["core"]: (one["verdict"], one["reason"]) for one in report["cores"]}
+    assert verdicts == dict.fromkeys((HOST, *CORES), ("passed", ""))
 
 
 @pytest.mark.arm64
@@ -82,8 +81,8 @@ def test_cores_are_what_they_are_to_be(report: dict[str, Any]) -> None:
 @pytest.mark.arm64
 @pytest.mark.timeout(7200)
 def test_kernels_of_onnx_runtime_round_activations_by_core(report: dict[str, Any]) -> None:
-    """What ``docs/decisions/0014-arithmetic-of-cores.md`` tells of int4; where a later release does otherwise, that page
-    is to change."""
+    """What ``docs/decisions/0014-arithmetic-of-cores.md`` tells of int4; where a later release does otherwise, that is
+    to change."""
     if report["target"] != "onnxruntime" or report["precision"] != "int4":
         pytest.skip("of int4 in ONNX Runtime")
     by_core = report["arithmetic"]

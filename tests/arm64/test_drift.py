@@ -138,9 +138,7 @@ def test_no_time_is_told(manifest: dict[str, Any], goldens: Goldens, expected: T
 def test_the_table_names_cores_verdicts_and_drift(manifest: dict[str, Any], goldens: Goldens, expected: Tensor) -> None:
     report = compare(manifest, goldens, [said("x86-64", expected), said("cortex-a53", expected + 3)])
     report["arithmetic"] = {
-        "x86-64": dict.fromkeys(
-            ("float", "int8-per-token", "int8-per-block", "int8-symmetric-per-token"), 2e-3
-        )
+        "x86-64": dict.fromkeys(("float", "int8-per-token", "int8-per-block", "int8-symmetric-per-token"), 2e-3)
     }
     table = as_table(report)
     assert re.search(r"^cortex-a53 +passed", table, re.MULTILINE)
@@ -181,7 +179,7 @@ def test_the_command_says_7_where_a_core_misses_a_gate(
 ) -> None:
     logits = expected + noise * torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     report = compare(manifest, goldens, [said("x86-64", expected), said("cortex-a76", logits)])
-    monkeypatch.setattr(command, "measure", lambda *words, **more: report)
+    monkeypatch.setattr(command, "measure", lambda *_words, **_more: report)
     monkeypatch.setattr(sys, "argv", ["arm64", "bundle", "--out", str(tmp_path / "out")])
     assert command.main() == code
     assert json.loads((tmp_path / "out" / "onnxruntime.json").read_text()) == report
