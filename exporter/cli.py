@@ -228,9 +228,10 @@ def export(
                 threads=threads,
             ),
         }
-        choices, reasons = settle(choices, read_spec(checkpoint))
-        for reason in reasons:
-            progress.note(reason)
+        if "device" in choices:
+            choices, reasons = settle(choices, read_spec(checkpoint))
+            for reason in reasons:
+                progress.note(reason)
         made = plan(checkpoint, out=out, store=store, **choices)
         if made.prefer is Prefer.DECODE:
             progress.note(f"--prefer decode: int4 in groups of {made.scheme.group_size or 'a row'}")

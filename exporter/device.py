@@ -117,7 +117,13 @@ def _parity(told: Mapping[str, Any], *, bundle: Path, manifest: Mapping[str, Any
     figures = {name: _number(found, name, kind) for name, kind in _PARITY.items()}
     goldens = Goldens.read(bundle)
     judged = judge(
-        {"runtime": runtime, **figures, **goldens.floor.figures(), **structure_figures(None)},
+        {
+            "runtime": runtime,
+            **figures,
+            "decided_positions": goldens.logits.decided_positions,
+            **goldens.floor.figures(),
+            **structure_figures(None),
+        },
         artifact=read_artifact(manifest, path=bundle),
     )
     faults = [judged.reason] if judged.reason else []

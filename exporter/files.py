@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +23,10 @@ from exporter.errors import CapacityError
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block ends well, and vanishes when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    temporary.chmod(0o644)
+    temporary = _hidden(path.parent, path.name)
     try:
+        temporary.touch(exist_ok=False)
+        temporary.chmod(0o644)
         yield temporary
         temporary.replace(path)
     finally:
@@ -39,12 +37,17 @@ def written_whole(path: Path) -> Iterator[Path]:
 def folder_in_progress(parent: Path, name: str) -> Iterator[Path]:
     """A new hidden folder in ``parent`` for what will become ``name``; what is still there at the end is removed."""
     parent.mkdir(parents=True, exist_ok=True)
-    folder = parent / f".{name}.{secrets.token_hex(4)}"  # known before it is there: an interrupt may come at once
+    folder = _hidden(parent, name)
     try:
         folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hidden(parent: Path, name: str) -> Path:
+    """A name that nothing has, told before anything is there: an interrupt may come right after."""
+    return parent / f".{name}.{secrets.token_hex(4)}"
 
 
 def put_in_place(folder: Path, destination: Path) -> None:

@@ -133,7 +133,10 @@ def prove_parity(
 ) -> Report:
     """Both steps of parity, against a reference that has the checkpoint's weights."""
     if reason := target.cannot_execute():
-        return parity_not_measured(reason, floor=answers.floor, artifact=artifact, runtime=target.runtime())
+        decided = GoldenLogits.of(answers.shipped).decided_positions
+        return parity_not_measured(
+            reason, floor=answers.floor, decided=decided, artifact=artifact, runtime=target.runtime()
+        )
     structure = _prove_structure(target, artifact, answers, graph=graph, store=store, plan=plan)
     with target.open(artifact, threads=plan.threads) as runner:
         got = drive(runner, answers.drive)
@@ -180,7 +183,10 @@ def _in_full_precision(graph: Graph, answers: Answers, steps: Drive, *, noise: f
 def prove_parity_by_goldens(target: Target, artifact: Artifact, goldens: Goldens, *, threads: int) -> Report:
     """The shipped step of parity alone, against the logits that the bundle keeps."""
     if reason := target.cannot_execute():
-        return parity_not_measured(reason, floor=goldens.floor, artifact=artifact, runtime=target.runtime())
+        decided = goldens.logits.decided_positions
+        return parity_not_measured(
+            reason, floor=goldens.floor, decided=decided, artifact=artifact, runtime=target.runtime()
+        )
     with target.open(artifact, threads=threads) as runner:
         got = drive(runner, goldens.drive)
     figures: dict[str, Any] = {

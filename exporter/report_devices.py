@@ -62,7 +62,7 @@ def print_targets(facts: list[dict[str, Any]]) -> None:
         table.add_column(heading)
     for row in facts:
         standing = Text(row["standing"], style=_STANDINGS[Standing(row["standing"])])
-        table.add_row(row["target"], row["backend"], standing, row["writes"], row["told"])
+        table.add_row(row["target"], row["backend"], standing, row["writes"], Text(row["told"]))  # it may have brackets
     open_console().print(table)
 
 

@@ -196,12 +196,24 @@ def test_gates_follow_the_floor_unless_the_target_computes_in_fp16() -> None:
         return Arithmetic(activations=Activations.FLOAT, compute_dtype=compute, kv_dtype=cache)
 
     floor = Floor(mean_kl_nats=2e-6, worst_kl_nats=5e-6)
-    assert gate(arithmetic("fp32"), floor=floor) == Gate(
+    assert gate(arithmetic("fp32"), floor=floor, decided=400) == Gate(
         mean_kl_nats=pytest.approx(2e-5), worst_kl_nats=pytest.approx(5e-5), decided_top1_agreement=0.0
     )
     half = Gate(mean_kl_nats=1e-4, worst_kl_nats=1e-3, decided_top1_agreement=0.995)
-    assert gate(arithmetic("fp16"), floor=floor) == half
-    assert gate(arithmetic("fp32", "fp16"), floor=floor) == half
+    assert gate(arithmetic("fp16"), floor=floor, decided=400) == half
+    assert gate(arithmetic("fp32", "fp16"), floor=floor, decided=400) == half
+
+
+@pytest.mark.parametrize(("decided", "missed"), [(40, 0), (99, 0), (100, 1), (191, 1), (299, 1), (400, 2)])
+def test_half_a_percent_of_the_positions_is_taken_to_the_nearest_one(decided: int, missed: int) -> None:
+    arithmetic = Arithmetic(activations=Activations.FLOAT, compute_dtype="fp16", kv_dtype="fp16")
+    floor = Floor(mean_kl_nats=0.0, worst_kl_nats=0.0)
+    least = gate(arithmetic, floor=floor, decided=decided).decided_top1_agreement
+    agreement = torch.ones(decided, dtype=torch.float64)
+    agreement[:missed] = 0
+    assert agreement.mean().item() >= least
+    agreement[missed] = 0
+    assert not agreement.mean().item() >= least
 
 
 def test_top1_counts_a_near_tie_that_fp16_cannot_tell_as_undecided() -> None:
