@@ -16,7 +16,7 @@ import torch
 import targets
 from exporter.checkpoint.config import read_spec
 from exporter.codes import weight_digests
-from exporter.errors import HostError, LoweringError
+from exporter.errors import HostError
 from exporter.model.reference import FULL_PRECISION
 from exporter.prove import prove_codes
 from exporter.spec import PER_ROW, Logits, Precision, Verdict
