@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import targets
 from exporter.checkpoint.config import read_spec
 from exporter.codes import weight_digests
-from exporter.errors import HostError, LoweringError
+from exporter.errors import HostError
 from exporter.model.reference import FULL_PRECISION
 from exporter.prove import prove_codes
 from exporter.spec import PER_ROW, Logits, Precision, Verdict
@@ -96,16 +97,47 @@ def test_a_program_that_no_partitioner_took_fails_its_audit(
 
 @pytest.mark.toolchain
 @pytest.mark.slow
-def test_a_mask_that_is_not_finite_fails_the_audit_or_the_lowering(
+def test_a_mask_that_is_not_finite_fails_the_audit(
     toy: Callable[[str, str], Lowered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from targets.executorch import plain
 
     monkeypatch.setattr(plain, "MASKED", float("-inf"))
+    lowered, target = toy("coreml", "fp16"), load("executorch-coreml")
+    report = target.audit(target.lower(lowered.graph, lowered.store, lowered.plan, tmp_path))
+    assert report is not None
+    assert (report.verdict, report.reason) == (Verdict.FAILED, "a constant is not finite")
+
+
+@pytest.mark.toolchain
+@pytest.mark.slow
+def test_a_delegate_with_outputs_that_its_call_does_not_have_fails_the_audit(
+    toy: Callable[[str, str], Lowered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention that does not change its cache in place: Vulkan's partitioner makes a constant of it, in silence."""
+    from targets.executorch import delegated, plain
+
+    recipe = delegated.RECIPES["vulkan"]
+    form = replace(recipe.form(torch.float32), attention=plain.FiniteAttention)
+    monkeypatch.setitem(delegated.RECIPES, "vulkan", replace(recipe, form=lambda _dtype: form))
     lowered, target = toy("vulkan", "fp32"), load("executorch-vulkan")
-    with pytest.raises(LoweringError, match="for vulkan"):
-        target.lower(lowered.graph, lowered.store, lowered.plan, tmp_path)
-    assert not list(tmp_path.iterdir())
+    report = target.audit(target.lower(lowered.graph, lowered.store, lowered.plan, tmp_path))
+    assert report is not None
+    assert report.verdict is Verdict.FAILED
+    assert "a delegate has 7 inputs and outputs, its call 3" in report.reason
+
+
+@pytest.mark.toolchain
+def test_a_number_that_is_not_finite_shows_in_a_payload() -> None:
+    from targets.executorch.payloads import Held, Payload
+
+    def holding(value: float) -> Held:
+        return Held(shape=(2,), read=lambda: torch.tensor([1.0, value]))
+
+    assert Payload(held=[holding(2.0)], numbers=[1e30]).is_finite()
+    assert not Payload(held=[holding(float("-inf"))]).is_finite()
+    assert not Payload(held=[holding(float("nan"))]).is_finite()
+    assert not Payload(numbers=[float("inf")]).is_finite()
 
 
 @pytest.mark.toolchain
@@ -161,8 +193,6 @@ def test_one_changed_bit_of_a_weight_in_a_delegate_shows(toy: Callable[[str, str
 @pytest.mark.parametrize("form", ["FusedAttention", "FiniteAttention", "CustomAttention"])
 def test_single_steps_of_each_attention_equal_the_reference(form: str, tmp_path: Path) -> None:
     """In eager torch: no runtime here executes the delegates."""
-    import torch
-
     from targets.executorch import plain
     from targets.executorch.delegated import FloatLinear
     from targets.executorch.outer import embedding_module
