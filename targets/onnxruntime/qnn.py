@@ -44,7 +44,7 @@ PREFILL_LENGTH = 64
 """Tokens of a prompt that are read at a time."""
 
 SLOW_PARAMETERS = 20_000_000
-"""Beyond so many the emulator takes too long for the proofs to decode many tokens: of a model of 3.5 million it computes
+"""Beyond so many the emulator takes too long for proofs that decode many tokens: of a model of 3.5 million it computes
 one in about a tenth of a second."""
 
 _PACKAGE = "onnxruntime_qnn"
