@@ -248,6 +248,33 @@ def test_a_body_of_two_precisions_is_proven_and_told_by_its_manifest(name: str, 
     assert read_artifact(open_bundle(plan.out), path=artifact.path) == artifact
 
 
+AUDITED = [
+    label
+    for label, target in ((label, targets.load(label)) for label in targets.LABELS)
+    if target.cannot_execute() and not target.missing()
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", AUDITED)
+def test_what_is_only_lowered_here_is_audited_and_called_not_measured(label: str, tmp_path: Path) -> None:
+    words = ["-t", label, "-p", "fp16", "-c", "64", "-o", str(tmp_path / "out"), "--json"]
+    result = RUNNER.invoke(app, [*words, "--store", str(tmp_path / "store")])
+    assert result.exit_code == 0, result.output
+    (outcome,) = json.loads(result.stdout)
+    manifest = outcome["manifest"]
+    assert {manifest[kind]["verdict"] for kind in ("codes", "audit", "quality")} == {"passed"}
+    assert {manifest[kind]["verdict"] for kind in ("parity", "latency")} == {"not measured"}
+    assert manifest["parity"]["reason"] == targets.load(label).cannot_execute()
+    assert manifest["parity"]["gate_mean_kl_nats"] > 0  # by which a device will be judged
+    again = RUNNER.invoke(app, ["validate", outcome["folder"], "--json"])
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)[0]["manifest"]["audit"] == manifest["audit"]
+    refused = RUNNER.invoke(app, ["generate", outcome["folder"], "So"])
+    assert refused.exit_code == 4
+    assert str(targets.load(label).cannot_execute()) in refused.stderr
+
+
 PREFERRED: dict[str, dict[str, Any]] = {
     "prefill": {"activations": "int8-symmetric-per-token", "head_activations": "int8-per-block", "weights": "int8"},
     "decode": {"activations": "int8-per-block", "head_activations": None, "weights": "int4", "group_size": 128},

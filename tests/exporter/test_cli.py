@@ -431,6 +431,36 @@ def test_targets_lists_every_backend_with_what_this_host_can_do_for_it() -> None
     assert all(row["writes"] and row["told"] for row in facts)
 
 
+STANDINGS = {
+    "executed here": {
+        *("executorch", "executorch-portable", "onnxruntime", "onnxruntime-qnn", "onnxruntime-webgpu"),
+        *("onnxruntime-wasm", "coreml", "coreml-ane"),
+    },
+    "lowered and audited": {
+        *("executorch-coreml", "executorch-vulkan", "executorch-mps", "executorch-arm"),
+        *("onnxruntime-coreml", "onnxruntime-nnapi", "onnxruntime-xnnpack"),
+    },
+    "needs something": {
+        *("executorch-openvino", "executorch-ethos-u", "executorch-vgf", "executorch-qnn", "executorch-mediatek"),
+    },
+}
+"""On Linux x86-64 with all that ``make setup``, Chromium and npm give. tests/test_contract.py runs each of the first
+and audits each of the second."""
+
+
+@pytest.mark.toolchain
+@pytest.mark.skipif(sys.platform != "linux", reason="on a Mac Core ML runs more")
+def test_every_backend_stands_where_the_documents_say() -> None:
+    facts = {targets.label(row["target"], row["backend"]): row for row in json.loads(run("targets", "--json").stdout)}
+    assert set().union(*STANDINGS.values()) == set(facts)
+    for standing, labels in STANDINGS.items():
+        for label in labels:
+            lacking = targets.load(label).missing()
+            assert facts[label]["standing"] == ("needs something" if lacking else standing)
+            if lacking:
+                assert any(word in lacking for word in ("install", "export QNN_SDK_ROOT")), lacking
+
+
 def test_help_and_version_answer() -> None:
     assert run("--help").exit_code == 0
     assert run("--version").stdout.startswith("llama-export ")
