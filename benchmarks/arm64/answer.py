@@ -62,7 +62,7 @@ class Program:
     def feed(self, ids: Sequence[int]) -> NDArray[np.float32]:
         logits = self._method((self._tensor([list(ids)]), self._tensor([self._position])))[0]
         self._position += len(ids)
-        return np.array(logits[-1].numpy())
+        return np.array(logits[0, -1].numpy())
 
 
 def open_artifact(bundle: Bundle) -> Any:
