@@ -65,9 +65,23 @@ def _audit(report: Mapping[str, Any]) -> Check:
     return Check(
         name="audit",
         verdict=Verdict(report["verdict"]),
-        figure=", ".join(f"{name} {value}" for name, value in report.items() if isinstance(value, int)),
+        figure=audit_figure(report),
         reason=report.get("reason", ""),
     )
+
+
+def audit_figure(report: Mapping[str, Any]) -> str:
+    """Its figures that fit a line: numbers, words, and counts of no more than three things."""
+    told = []
+    for name, value in report.items():
+        if name in ("verdict", "reason"):
+            continue
+        if isinstance(value, int | str):
+            told.append(f"{name.replace('_', ' ')} {value}")
+        elif isinstance(value, Mapping) and len(value) <= 3:
+            counted = ", ".join(f"{count} x {what}" for what, count in value.items())
+            told.append(f"{name.replace('_', ' ')} {counted or 'nothing'}")
+    return "; ".join(told)
 
 
 def _parity(report: Mapping[str, Any]) -> Iterator[Check]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from exporter.checks import audit_figure
 from exporter.files import written_whole
 from exporter.latency import DECODE_STEPS
 from exporter.parity import KL_BY_POSITION, MISSED
@@ -114,6 +115,9 @@ def print_outcomes(outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
         if outcome.manifest:
             console.print(_parity_line(outcome), highlight=False, soft_wrap=True)
+            if audit := outcome.manifest.get("audit"):
+                line = f"{outcome.target}: audit {audit['verdict']}: {audit_figure(audit)}"
+                console.print(line, highlight=False, soft_wrap=True, markup=False)
     for outcome in outcomes:
         reasons += [
             f"{outcome.target}: limit {report.verdict}: {report.reason}"

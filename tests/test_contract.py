@@ -263,7 +263,10 @@ def test_what_is_only_lowered_here_is_audited_and_called_not_measured(label: str
     assert result.exit_code == 0, result.output
     (outcome,) = json.loads(result.stdout)
     manifest = outcome["manifest"]
-    assert {manifest[kind]["verdict"] for kind in ("codes", "audit", "quality")} == {"passed"}
+    assert {manifest[kind]["verdict"] for kind in ("codes", "quality")} == {"passed"}
+    if manifest["audit"]["verdict"] != "passed":  # a provider that takes few nodes
+        assert manifest["audit"]["usability"] == "NO"
+        assert "--target" in manifest["audit"]["reason"]
     assert {manifest[kind]["verdict"] for kind in ("parity", "latency")} == {"not measured"}
     assert manifest["parity"]["reason"] == targets.load(label).cannot_execute()
     assert manifest["parity"]["gate_mean_kl_nats"] > 0  # by which a device will be judged

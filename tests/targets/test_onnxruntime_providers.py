@@ -70,7 +70,7 @@ def test_the_checkers_no_fails_the_audit_and_says_what_to_take(
     target, artifact, _ = lower(backend, toy, plan)
     report = target.audit(artifact)
     nodes = onnx.load(artifact.path, load_external_data=False).graph.node
-    assert report.verdict is Verdict.FAILED
+    assert report.verdict is Verdict.NOT_MEASURED
     assert report.figures["nodes"] == len(nodes)
     assert report.figures["usability"] == "NO"
     assert "com.microsoft:MatMulNBits" in report.figures["left_to_the_cpu"]
@@ -88,12 +88,19 @@ def test_none_of_them_runs_here(make_toy: Callable[..., Toy], make_plan: Callabl
         target.open(artifact, threads=1)
 
 
+UNSURE = Verdict.NOT_MEASURED
 CHAINS: dict[str, tuple[str, tuple[str, ...], tuple[int | str, ...], Verdict, tuple[int, int]]] = {
     "all of it": ("coreml", ("Relu", "Sigmoid", "Tanh"), (2, 3), Verdict.PASSED, (3, 3)),
     "all of it, if its shapes were fixed": ("nnapi", ("Relu", "Sigmoid", "Tanh"), ("T", 3), Verdict.PASSED, (0, 3)),
-    "less than three quarters": ("nnapi", ("Relu", "Sigmoid", "Erf"), (2, 3), Verdict.NOT_MEASURED, (2, 2)),
-    "one node of four": ("xnnpack", ("Softmax", "Relu", "Erf", "Tanh"), ("T", 3), Verdict.FAILED, (1, 1)),
-    "three partitions": ("coreml", ("Relu", "Elu", "Sign", "Relu", "Sign", "Relu"), (2, 3), Verdict.FAILED, (4, 4)),
+    "less than three quarters": ("nnapi", ("Relu", "Sigmoid", "Erf"), (2, 3), UNSURE, (2, 2)),
+    "one node of four": ("xnnpack", ("Softmax", "Relu", "Erf", "Tanh"), ("T", 3), UNSURE, (1, 1)),
+    "three partitions": (
+        "coreml",
+        ("Relu", "Elu", "Sign", "Relu", "Sign", "Relu"),
+        (2, 3),
+        Verdict.NOT_MEASURED,
+        (4, 4),
+    ),
 }
 """Backend, ops in a row, their shape; the verdict, and the nodes taken as it is and with fixed shapes, counted by hand
 in the tables of onnxruntime/tools/mobile_helpers and of the XNNPACK provider's documentation."""
