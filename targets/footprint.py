@@ -73,10 +73,10 @@ def footprint(
     target, backend = targets.split(label)
     matrices = {name: shape for name, shape in spec.weights().items() if len(shape) == 2}
     matrices[HEAD] = matrices[EMBEDDING]  # of its own, or tied
-    embedding, *body, head = (_matrix(target, name, shape, scheme, prefer=prefer) for name, shape in matrices.items())
+    embedding, *body, head = (_matrix(label, name, shape, scheme, prefer=prefer) for name, shape in matrices.items())
     vectors = 4 * sum(math.prod(shape) for shape in spec.weights().values() if len(shape) == 1)
     read = sum(matrix.size_bytes for matrix in body) + head.size_bytes
-    shared = spec.tie_word_embeddings and target != "executorch"  # whose delegates hold their weights themselves
+    shared = spec.tie_word_embeddings and label != "executorch"  # XNNPACK's delegates hold their weights themselves
     stored = read + vectors + (0 if shared else embedding.size_bytes)
     cache = _cache(spec, context=context, floats=2 if target == "coreml" else 4, kv_cache=kv_cache)
     prompt = min(PROMPT, context)
@@ -107,16 +107,22 @@ class _Sizes:
     prefer: Prefer
 
 
-def _matrix(target: str, name: str, shape: tuple[int, ...], scheme: WeightScheme, *, prefer: Prefer) -> _Matrix:
+def _matrix(label: str, name: str, shape: tuple[int, ...], scheme: WeightScheme, *, prefer: Prefer) -> _Matrix:
     """float32 scales in blocks where MatMulNBits is to have them; XNNPACK's groups have bf16, its rows and the
-    embedding of a program float32; Core ML has float16."""
+    embedding of a program float32; Core ML has float16. ExecuTorch's own kernels take int4 as a byte a code."""
+    target, _ = targets.split(label)
     rows, columns = shape
     precision = scheme.precision(name)
-    codes = math.ceil(rows * columns * _BYTES[precision])
+    by_bytes = label == "executorch-portable" and name != EMBEDDING and precision.bits
+    codes = rows * columns if by_bytes else math.ceil(rows * columns * _BYTES[precision])
     if not precision.bits:
         return _Matrix(name=name, codes=codes, scales=0)
     group = scheme.groups(name, columns=columns)
-    width = {"coreml": 2, "onnxruntime": 4, "executorch": 4 if group == columns or name == EMBEDDING else 2}[target]
+    width = {
+        "coreml": 2,
+        "onnxruntime": 4,
+        "executorch": 4 if by_bytes or group == columns or name == EMBEDDING else 2,
+    }[target]
     if target == "onnxruntime" and not _as_integers(name, prefer):
         group = activation_block(columns=columns, group_size=group)
     return _Matrix(name=name, codes=codes, scales=width * rows * columns // group)
