@@ -26,6 +26,9 @@ from exporter.spec import Activations, Verdict
 SCHEMA = "llama-export/core-drift/1"
 GATES = ("mean_kl_nats", "worst_kl_nats", "decided_top1_agreement")
 
+SCHEMES = [scheme for scheme in Activations if scheme is not Activations.STATIC_UINT16]
+"""What a processor's kernels may do with activations; steps that are told beforehand no runtime for one takes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
@@ -123,7 +126,7 @@ def find_arithmetic(
     weights = dict(target.read_weights(artifact))
     graph = trace(artifact.spec)
     found: dict[str, dict[str, float]] = {one.core: {} for one in answers}
-    for scheme in Activations:
+    for scheme in SCHEMES:
         arithmetic = replace(artifact.arithmetic, activations=scheme, head_activations=None)
         expected = all_at_once(Reference(graph, weights, arithmetic), goldens.drive)
         for one in answers:
@@ -165,7 +168,7 @@ def as_table(report: Mapping[str, Any]) -> str:
             f"{pair['worst_kl_nats']:8.1e} {pair['top1_agreement']:7.1%}{same}"
         )
     if arithmetic := report.get("arithmetic"):
-        schemes = [scheme.value for scheme in Activations]
+        schemes = [scheme.value for scheme in SCHEMES]
         lines.append("mean KL from a reference that rounds activations as")
         lines.append(f"{'core':12} " + " ".join(f"{scheme:>24}" for scheme in schemes))
         for core, by_scheme in arithmetic.items():

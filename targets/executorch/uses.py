@@ -42,9 +42,9 @@ def named(artifact: Artifact, uses: Iterable[Use]) -> Iterator[tuple[str, Stored
     wanted_ops, found_ops = [node.op for node in nodes], [use.op for use in found]
     if wanted_ops != found_ops:
         first = next((i for i, ops in enumerate(zip(wanted_ops, found_ops, strict=False)) if ops[0] != ops[1]), None)
-        where = (
-            f"number {first} is a {found_ops[first]}, wanted {wanted_ops[first]}" if first is not None else "in order"
-        )
+        where = "one ends where the other goes on"
+        if first is not None:
+            where = f"number {first} is a {found_ops[first]}, wanted {wanted_ops[first]}"
         raise LoweringError(
             f"{artifact.path} has {len(found_ops)} ops with weights, the model {len(wanted_ops)}: {where}",
             hint="lower the model again",

@@ -261,7 +261,7 @@ def test_rounded_activations_are_within_half_a_step(seed: int, spread: float) ->
 
 
 def test_rounding_activations_of_zeros_gives_zeros() -> None:
-    for scheme in Activations:
+    for scheme in set(Activations) - {Activations.STATIC_UINT16}:  # whose steps come from elsewhere: test_static.py
         assert not round_activations(torch.zeros(2, 64), scheme, group_size=32).any()
 
 

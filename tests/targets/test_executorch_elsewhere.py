@@ -285,9 +285,9 @@ def test_what_cannot_run_here_says_why_and_opens_nothing(backend: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "scheme", "says"),
     [
-        ("mps", scheme_of("int8"), "takes fp32 matrices, and model.embed_tokens.weight is to be int8"),
-        ("arm", scheme_of("int4"), "takes fp32 matrices, and model.embed_tokens.weight is to be int4"),
-        ("vulkan", scheme_of("int4", group_size=PER_ROW), "takes int4 in groups"),
+        ("mps", scheme_of("int8"), "takes fp32, fp16 matrices, and model.embed_tokens.weight is to be int8"),
+        ("arm", scheme_of("int4"), "takes fp32, fp16 matrices, and model.embed_tokens.weight is to be int4"),
+        ("vulkan", scheme_of("int4", group_size=PER_ROW), None),
         ("coreml", scheme_of("int4", group_size=64), "has 96 columns, which int4 groups of 64 do not divide"),
         ("coreml", scheme_of("int4"), None),
     ],

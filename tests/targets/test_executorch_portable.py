@@ -118,7 +118,7 @@ def test_weights_in_each_others_place_are_found_out(toy: Callable[[str], Lowered
 def test_a_program_of_another_model_is_refused(toy: Callable[[str], Lowered]) -> None:
     artifact = toy("int4").artifact
     deeper = replace(artifact, spec=replace(artifact.spec, num_hidden_layers=3))
-    with pytest.raises(LoweringError, match="has 21 ops with weights, the model 30: number 19 is a rms_norm, wanted"):
+    with pytest.raises(LoweringError, match="has 21 ops with weights, the model 30"):
         list(TARGET.read_weights(deeper))
 
 
