@@ -79,7 +79,7 @@ def test_a_lowered_program_holds_the_stores_codes_and_passes_its_audit(
 
 @pytest.mark.toolchain
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["vulkan", "coreml"])
+@pytest.mark.parametrize("backend", ["vulkan", "mps"])
 def test_a_program_that_no_partitioner_took_fails_its_audit(
     toy: Callable[[str, str], Lowered], backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
