@@ -497,12 +497,11 @@ def _quality_by_target(chosen: Mapping[str, Target], material: Material, *, prog
     """Before anything is lowered: it depends on codes and arithmetic alone."""
     store, graph, checkpoint = material.store, material.graph, material.store.checkpoint
     passes, layers = len(chosen) + 1, count(1)
-    plan = replace(material.plan, scheme=store.scheme)
     return measure_quality(
         evaluation_windows(material.texts.evaluation, bos=graph.spec.bos_token_id, context=material.plan.context),
         truth=Reference(graph, _Original(checkpoint), FULL_PRECISION, keep_bytes=0),
         candidates={
-            label: Reference(graph, store, arithmetic_for(target, plan), keep_bytes=0)
+            label: Reference(graph, store, arithmetic_for(target, material.plan), keep_bytes=0)
             for label, target in chosen.items()
         },
         budget_nats=material.plan.max_kl_nats or MEAN_KL_NATS[store.scheme.body],

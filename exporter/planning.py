@@ -87,7 +87,7 @@ def plan(
     choices, _ = settle(choices, spec)
     corpus, method = choices.get("calibration"), choices.get("method")
     _refuse_two_budgets(choices, calibrated=corpus != NO_CALIBRATION and method != "rtn")
-    prefer = Prefer(_one_of("--prefer", choices.get("prefer", Prefer.QUALITY), list(Prefer)))
+    prefer = _prefer(choices)
     body = _body(choices.get("precision"), prefer=prefer)
     scheme = _weights_asked(choices, body=body, spec=spec)
     if prefer is Prefer.DECODE:
@@ -141,7 +141,7 @@ def settle(choices: Choices, spec: ModelSpec) -> tuple[Choices, tuple[str, ...]]
         why = "leaves an app most of its memory" if roomy else "half the memory of int8, half to read for each token"
         reasons.append(f"--precision {body}: {why}")
     if "context" not in choices:
-        body = _body(choices.get("precision"), prefer=Prefer(choices.get("prefer", Prefer.QUALITY)))
+        body = _body(choices.get("precision"), prefer=_prefer(choices))
         scheme = _weights_asked(choices, body=body, spec=spec)
         fitting = fitting_context(label, spec, scheme, device, wanted=context)
         choices = {**choices, "context": fitting}
@@ -230,6 +230,10 @@ def _targets(words: str, *, backends: str | None) -> tuple[str, ...]:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+
+
+def _prefer(choices: Choices) -> Prefer:
+    return Prefer(_one_of("--prefer", choices.get("prefer", Prefer.QUALITY), list(Prefer)))
 
 
 def _body(precision: str | None, *, prefer: Prefer) -> Precision:

@@ -82,6 +82,7 @@ def test_a_group_size_that_does_not_divide_names_those_that_do(complete_toy: Toy
     ("words", "says"),
     [
         (["--prefer", "speed"], "--prefer speed is unknown; known: quality, prefill, decode"),
+        (["--prefer", "speed", "--device", "iphone-15-pro"], "--prefer speed is unknown; known: quality, prefill"),
         (["--prefer", "prefill", "-p", "int4"], "--prefer prefill multiplies int8 by int8, --precision is int4"),
         (["--prefer", "prefill", "-p", "fp16"], "--prefer prefill multiplies int8 by int8, --precision is fp16"),
         (
