@@ -27,7 +27,7 @@ from tests.targets.test_executorch import CONTEXT, Lowered, scheme_of, tokens, w
 
 LOWERED = {
     "coreml": ("fp32", "fp16", "int8", "int4"),
-    "vulkan": ("fp32", "fp16", "int4"),
+    "vulkan": ("fp32", "fp16", "int8", "int4"),
     "mps": ("fp32",),
     "arm": ("fp32",),
 }
