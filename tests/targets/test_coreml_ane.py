@@ -656,6 +656,14 @@ def test_a_package_that_core_ml_does_not_load_is_a_matter_of_the_host(
         TARGET.open(int8.artifact, threads=1)
 
 
+def test_on_other_compute_units_it_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("targets.coreml.executes_here", lambda: True)
+    moved = TARGET.on("CPU_ONLY")
+    assert (type(moved), moved.backend) == (AneTarget, "ane")
+    assert "Core ML on CPU_ONLY" in moved.runtime()
+    assert "Core ML on CPU_AND_NE" in TARGET.runtime()
+
+
 @pytest.mark.toolchain
 def test_every_value_inside_is_what_the_reference_gives(int8: Exported, in_parts: dict[str, Exported]) -> None:
     ids = tokens(45)
