@@ -64,6 +64,8 @@ class Delegation:
     """Whether int4 may have one scale for a row."""
     half: bool = False
     """Whether linears and attention compute in float16, but where all weights are float32."""
+    half_states: bool = False
+    """Whether keys and values are kept as float16 even then."""
     needs: tuple[Need, ...] = ()
 
 
@@ -94,6 +96,7 @@ DELEGATIONS = {
             precisions=tuple(Precision),
             int4_per_row=True,
             half=True,
+            half_states=True,  # coremltools casts every other state: "Core ML only supports fp16 states"
         ),
         Delegation(
             backend="vulkan",

@@ -91,7 +91,10 @@ class DelegatedTarget(_ElsewhereTarget):
         dtype = "fp16" if self._in_half(scheme) else "fp32"
         attention = dtype if self.delegation.half else "fp32"
         return Arithmetic(
-            activations=Activations.FLOAT, compute_dtype=dtype, kv_dtype=attention, dequantized_dtype=attention
+            activations=Activations.FLOAT,
+            compute_dtype=dtype,
+            kv_dtype="fp16" if self.delegation.half_states else attention,
+            dequantized_dtype=attention,
         )
 
     def lower(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> Artifact:

@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,27 @@ def test_a_lowered_program_holds_the_stores_codes_and_passes_its_audit(
     assert report.figures["delegates"].keys() == {DELEGATIONS[backend].delegate}
     codes = prove_codes(target, lowered.artifact, expected=weight_digests(lowered.store))
     assert codes.verdict is Verdict.PASSED, codes
+
+
+@pytest.mark.toolchain
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", LOWERED["coreml"])
+def test_core_ml_keeps_keys_and_values_in_the_dtype_that_is_claimed(
+    toy: Callable[[str, str], Lowered], precision: str
+) -> None:
+    from targets.coreml.package import MilType, Package
+    from targets.executorch.audit import Anatomy
+    from targets.executorch.read import ProgramFile
+
+    artifact = toy("coreml", precision).artifact
+    with ProgramFile(artifact.path) as file, closing(Anatomy(file, artifact, DELEGATIONS["coreml"])) as anatomy:
+        (payload,) = anatomy.payloads
+        assert payload.folder is not None
+        package = Package(Path(payload.folder.name, "lowered_module", "model.mlpackage"))
+    states = [given.type.stateType for given in package.inputs if given.type.WhichOneof("type") == "stateType"]
+    assert len(states) == 2 * artifact.spec.num_hidden_layers
+    claimed = {"fp16": MilType.FLOAT16, "fp32": MilType.FLOAT32}[artifact.arithmetic.kv_dtype]
+    assert {state.wrappedType.tensorType.dataType for state in states} == {claimed}
 
 
 @pytest.mark.toolchain
