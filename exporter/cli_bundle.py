@@ -26,7 +26,10 @@ SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The same seed dr
 SystemOption = Annotated[str | None, typer.Option("--system", help="A system message to begin with.")]
 
 
-SinkOption = Annotated[int, typer.Option("--sink", min=0, help="First tokens that --sliding-window keeps as well.")]
+SinkOption = Annotated[
+    int | None,
+    typer.Option("--sink", min=0, help="First tokens that --sliding-window keeps as well.", show_default="4"),
+]
 SlidingOption = Annotated[
     int | None,
     typer.Option(
@@ -61,17 +64,17 @@ def generate(
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
     sliding_window: SlidingOption = None,
-    sink: SinkOption = 4,
+    sink: SinkOption = None,
     threads: ThreadsOption = 2,
     as_json: JsonOption = False,
 ) -> None:
     """Let the artifact go on from a text, on this host, with the bundle's own tokenizer and stop tokens."""
     with reporting() as progress:
         from exporter.generation import Conversation, Decoding, open_for_running, read_messages
-        from exporter.sliding import Sliding
+        from exporter.sliding import sliding_asked
 
         decoding = Decoding(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        sliding = Sliding(sink=sink, window=sliding_window) if sliding_window else None
+        sliding = sliding_asked(sink=sink, window=sliding_window)
         if messages and (prompt or as_chat or system):
             raise UsageError("--messages says it all", hint="leave the prompt, --chat and --system out")
         if system and not as_chat:
@@ -108,16 +111,16 @@ def chat(
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
     sliding_window: SlidingOption = None,
-    sink: SinkOption = 4,
+    sink: SinkOption = None,
     threads: ThreadsOption = 2,
 ) -> None:
     """Talk to the artifact on this host: a line is a message. /new starts anew, /quit or the end of input ends."""
     with reporting() as progress:
         from exporter.generation import Conversation, Decoding, open_for_running
-        from exporter.sliding import Sliding
+        from exporter.sliding import sliding_asked
 
         decoding = Decoding(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        sliding = Sliding(sink=sink, window=sliding_window) if sliding_window else None
+        sliding = sliding_asked(sink=sink, window=sliding_window)
         progress.stage("loading")
         opened = open_for_running(bundle)
         opened.tokenizer.render(_asked("", system=system))  # a bundle without a template is refused before it is loaded

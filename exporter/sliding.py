@@ -15,6 +15,9 @@ from torch import Tensor
 from exporter.errors import UsageError
 from exporter.parity import Answering
 
+SINK = 4
+"""Of the first tokens, where nothing was said: so many are enough in that paper."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sliding:
@@ -42,6 +45,16 @@ class Sliding:
     def left_of(self, ids: Sequence[int], *, context: int) -> list[int]:
         """The tokens that are left of ``ids`` where they leave no room for one more."""
         return [*ids] if len(ids) < context else [*ids[: self.sink], *ids[-self.window :]]
+
+
+def sliding_asked(*, sink: int | None, window: int | None) -> Sliding | None:
+    """By ``--sink`` and ``--sliding-window``; None where an answer is to end with the context. Raises UsageError for a
+    sink that would have no effect."""
+    if window is not None:
+        return Sliding(sink=SINK if sink is None else sink, window=window)
+    if sink is not None:
+        raise UsageError("--sink goes with --sliding-window", hint="add --sliding-window, or leave it out")
+    return None
 
 
 class SlidingRunner:

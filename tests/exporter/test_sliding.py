@@ -18,7 +18,7 @@ from exporter.cli import app
 from exporter.errors import UsageError
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace
-from exporter.sliding import Sliding, SlidingRunner
+from exporter.sliding import Sliding, SlidingRunner, sliding_asked
 from tests.conftest import Toy
 
 CONTEXT = 12
@@ -78,12 +78,31 @@ def test_after_a_slide_the_model_sees_what_is_left_as_a_text_of_its_own(make_toy
 
 @pytest.mark.parametrize(
     ("sink", "window", "says"),
-    [(4, 8, "--sink 4 and --sliding-window 8 fill the context of 12"), (-1, 4, "--sink is -1"), (0, 0, "are expected")],
+    [
+        (4, 8, "--sink 4 and --sliding-window 8 fill the context of 12"),
+        (-1, 4, "--sink is -1 and --sliding-window 4, at least 0 and 1 were expected"),
+        (0, 0, "--sink is 0 and --sliding-window 0, at least 0 and 1 were expected"),
+    ],
 )
 def test_a_slide_that_leaves_no_room_is_refused(sink: int, window: int, says: str) -> None:
     with pytest.raises(UsageError) as caught:
         Sliding(sink=sink, window=window).check(context=CONTEXT)
-    assert says.replace("are expected", "were expected") in str(caught.value)
+    assert str(caught.value) == says
+
+
+def test_a_window_alone_keeps_four_tokens_as_well() -> None:
+    assert sliding_asked(sink=None, window=40) == Sliding(sink=4, window=40)
+    assert sliding_asked(sink=0, window=40) == Sliding(sink=0, window=40)
+    assert sliding_asked(sink=None, window=None) is None
+
+
+@pytest.mark.parametrize("words", [["generate", "bundle", "So"], ["chat", "bundle"]])
+@pytest.mark.parametrize("sink", ["0", "4"])
+def test_a_sink_without_a_window_is_refused(words: list[str], sink: str) -> None:
+    result = CliRunner().invoke(app, [*words, "--sink", sink])
+    assert result.exit_code == 2
+    assert "--sink goes with --sliding-window" in result.stderr
+    assert "Traceback" not in result.output
 
 
 @pytest.fixture(scope="module")
