@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from typer.testing import CliRunner, Result
 import targets
 from exporter import interrupt, pipeline
 from exporter.cli import app
+from exporter.devices import find_device
 from exporter.errors import ExportError, LoweringError, gravest
 from exporter.spec import PER_ROW, Plan, Progress
 from tests.conftest import Toy
@@ -217,6 +219,18 @@ def test_too_little_disk_is_refused_before_anything_is_done(tmp_path: Path, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     result = run("-t", "onnxruntime", "-o", tmp_path / "out", "--store", tmp_path / "store")
     assert_refused(result, code=5, says="MB are needed")
+
+
+def test_what_does_not_fit_the_device_is_refused_before_anything_is_done(
+    complete_toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = replace(find_device("iphone-15-pro"), app_bytes=10**5, app_bytes_entitled=10**5)
+    monkeypatch.setattr("exporter.devices.load_devices", lambda: {small.slug: small})
+    out, store = tmp_path / "out", tmp_path / "store"
+    result = run(complete_toy.folder, "--device", small.slug, "-o", out, "--store", store)
+    assert_refused(result, code=5, says="are needed on iPhone 15 Pro, which has 0.0 GiB (what one app may use")
+    assert not out.exists()
+    assert not store.exists()
 
 
 def test_a_disk_that_runs_full_on_the_way_leaves_nothing(
