@@ -4,11 +4,10 @@ what comes before."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from calibration.rtn import round_to_nearest
 
 ROWS = 256
 """Rows of the weights, evenly spread, on which factors are compared: what is good for a channel shows in any of them,
@@ -19,7 +18,7 @@ _SMALLEST = 1e-6
 """Of a channel's magnitude, relative to the mean: one that is silent is not to get an endless factor."""
 
 
-def awq_factors(weights: list[Tensor], hessian: Tensor, *, bits: int, group_size: int) -> Tensor:
+def awq_factors(weights: list[Tensor], hessian: Tensor, *, rounded: Callable[[Tensor], Tensor]) -> Tensor:
     """Factors float32 ``[K]`` for the columns of ``weights`` (float32 ``[N_i, K]``, inputs divided by the same) under
     which rounding to nearest loses least of the output; all ones where nothing helps.
 
@@ -33,8 +32,7 @@ def awq_factors(weights: list[Tensor], hessian: Tensor, *, bits: int, group_size
     best, least = torch.ones_like(x), torch.inf
     for a, b in itertools.product(_EXPONENTS, repeat=2):
         factors = _centred(x**a * w**-b)
-        rounded = round_to_nearest(rows * factors, name="", bits=bits, group_size=group_size).dequantize() / factors
-        error = rows - rounded
+        error = rows - rounded(rows * factors) / factors
         loss = ((error @ hessian) * error).sum().item()
         if loss < least:
             best, least = factors, loss

@@ -8,13 +8,16 @@ codes are in turn fitted to each other once more.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from calibration.palettes import between, find_tables
 from calibration.rtn import search_scales, to_scale_grid
 from exporter.errors import InputError
-from exporter.quantized import CODE_RANGE, QuantizedTensor
+from exporter.quantized import CODE_RANGE, PalettizedTensor, QuantizedTensor
+from exporter.spec import TABLE_ROWS
 
 BLOCK = 128
 """Columns whose errors are passed on within the block at once and to all later columns together (section 3.3, step 2):
@@ -85,23 +88,83 @@ def gptq(weight: Tensor, curvature: Curvature, *, name: str, bits: int, group_si
     """Codes of ``weight`` float32 ``[N, K]`` that lose least of ``x @ weight.T`` for inputs x of that curvature."""
     columns = weight.shape[1]
     scales = search_scales(weight, bits=bits, group_size=group_size)  # [N, K/g]
-    codes = _round_by_columns(weight, scales, curvature, bits=bits, group_size=group_size)
+    codes = _round_by_columns(weight, _Scaled(scales, bits=bits, columns=columns), curvature)
     scales = _refit_scales(weight, codes, scales, curvature.hessian)
     for _ in range(SWEEPS):
-        codes = _choose_again(weight, codes, scales, curvature, bits=bits, group_size=group_size)
+        codes = _choose_again(weight, codes, _Scaled(scales, bits=bits, columns=columns), curvature)
         scales = _refit_scales(weight, codes, scales, curvature.hessian)
     return QuantizedTensor(
         name=name, bits=bits, group_size=columns // scales.shape[1], codes=codes.to(torch.int8), scales=scales
     )
 
 
-def _round_by_columns(weight: Tensor, scales: Tensor, curvature: Curvature, *, bits: int, group_size: int) -> Tensor:
+def gptq_palette(weight: Tensor, curvature: Curvature, *, name: str) -> PalettizedTensor:
+    """The same for the indices of a palette, whose tables are those of k-means, each column weighted by the energy of
+    its input."""
+    tables = find_tables(weight, name=name, energy=curvature.hessian.diagonal())
+    levels = _Tabled(tables)
+    codes = _round_by_columns(weight, levels, curvature)
+    for _ in range(SWEEPS):
+        codes = _choose_again(weight, codes, levels, curvature)
+    return PalettizedTensor(name=name, codes=codes.to(torch.int8), tables=tables)
+
+
+class _Levels(Protocol):
+    """What the codes of a column may stand for. Codes and values are float32 ``[N]``."""
+
+    def code(self, column: int, values: Tensor) -> Tensor:
+        """Of the levels nearest to ``values``."""
+
+    def value(self, column: int, codes: Tensor) -> Tensor: ...
+
+    def moved(self, column: int, codes: Tensor, gradient: Tensor, curvature: Tensor) -> Tensor:
+        """The codes nearest to the values of ``codes`` plus ``gradient`` over ``curvature`` (a number)."""
+
+
+class _Scaled:
+    """Multiples of a scale for each group, ``[N, K/g]``."""
+
+    def __init__(self, scales: Tensor, *, bits: int, columns: int) -> None:
+        self._by_group = scales.T.contiguous()  # [K/g, N]
+        self._group_size = columns // scales.shape[1]
+        self._range = CODE_RANGE[bits]
+
+    def code(self, column: int, values: Tensor) -> Tensor:
+        return (values / self._scales(column)).round_().clamp_(*self._range)
+
+    def value(self, column: int, codes: Tensor) -> Tensor:
+        return codes * self._scales(column)
+
+    def moved(self, column: int, codes: Tensor, gradient: Tensor, curvature: Tensor) -> Tensor:
+        moved = codes + gradient / (curvature * self._scales(column))
+        return moved.round_().clamp_(*self._range)
+
+    def _scales(self, column: int) -> Tensor:
+        return self._by_group[column // self._group_size]
+
+
+class _Tabled:
+    """The values of a table, ``[N / TABLE_ROWS, 16]``, the same for every column."""
+
+    def __init__(self, tables: Tensor) -> None:
+        self._by_row = tables.repeat_interleave(TABLE_ROWS, dim=0)
+        self._between = between(self._by_row)
+
+    def code(self, _column: int, values: Tensor) -> Tensor:
+        return torch.searchsorted(self._between, values.unsqueeze(1)).squeeze(1).float()
+
+    def value(self, _column: int, codes: Tensor) -> Tensor:
+        return self._by_row.gather(1, codes.long().unsqueeze(1)).squeeze(1)
+
+    def moved(self, column: int, codes: Tensor, gradient: Tensor, curvature: Tensor) -> Tensor:
+        return self.code(column, self.value(column, codes) + gradient / curvature)
+
+
+def _round_by_columns(weight: Tensor, levels: _Levels, curvature: Curvature) -> Tensor:
     """float32 ``[N, K]`` codes. Works on the transpose, whose rows (the columns of the weight) are contiguous."""
-    lowest, highest = CODE_RANGE[bits]
     factor, order = curvature.inverse_factor, curvature.order
+    columns = order.tolist()
     left = weight.T[order].contiguous()  # [K, N], in the order of rounding
-    group_of = order // group_size
-    by_group = scales.T.contiguous()  # [K/g, N]
     codes = torch.empty_like(left)
     for start in range(0, len(left), BLOCK):
         end = min(start + BLOCK, len(left))
@@ -109,9 +172,8 @@ def _round_by_columns(weight: Tensor, scales: Tensor, curvature: Curvature, *, b
         errors = torch.empty_like(block)
         for row in range(end - start):
             column = start + row
-            scale = by_group[group_of[column]]
-            code = (block[row] / scale).round_().clamp_(lowest, highest)
-            error = (block[row] - code * scale) / factor[column, column]
+            code = levels.code(columns[column], block[row])
+            error = (block[row] - levels.value(columns[column], code)) / factor[column, column]
             block[row + 1 :].addr_(factor[column, column + 1 : end], error, alpha=-1)
             codes[column], errors[row] = code, error
         left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
@@ -120,18 +182,17 @@ def _round_by_columns(weight: Tensor, scales: Tensor, curvature: Curvature, *, b
     return unordered
 
 
-def _choose_again(
-    weight: Tensor, codes: Tensor, scales: Tensor, curvature: Curvature, *, bits: int, group_size: int
-) -> Tensor:
+def _choose_again(weight: Tensor, codes: Tensor, levels: _Levels, curvature: Curvature) -> Tensor:
     """One sweep of coordinate descent: each code in turn takes the value of least output error, given all others as
     they are by then (QuantEase, Behdin et al. 2023, arXiv:2309.01885, algorithm 1). GPTQ looks at later columns only.
     """
-    lowest, highest = CODE_RANGE[bits]
     order = curvature.order
+    columns = order.tolist()
     hessian = curvature.hessian[order][:, order]
     chosen = codes.T[order].contiguous()  # [K, N], in the order of rounding, as in _round_by_columns
-    by_group, group_of = scales.T.contiguous(), order // group_size
-    error = weight.T[order] - chosen * by_group[group_of]
+    stored = torch.stack([levels.value(column, codes_of) for column, codes_of in zip(columns, chosen, strict=True)])
+    error = weight.T[order].sub_(stored)
+    del stored
     gradient = hessian @ error  # [K, N]: half of that of the loss, negated
     del error
     for start in range(0, len(chosen), BLOCK):
@@ -139,10 +200,9 @@ def _choose_again(
         block, steps = gradient[start:end], torch.empty(end - start, chosen.shape[1])
         for row in range(end - start):
             column = start + row
-            scale = by_group[group_of[column]]
-            best = chosen[column] + block[row] / (hessian[column, column] * scale)
-            best = best.round_().clamp_(lowest, highest)
-            steps[row] = (best - chosen[column]) * scale
+            place, now = columns[column], chosen[column]
+            best = levels.moved(place, now, block[row], hessian[column, column])
+            steps[row] = levels.value(place, best) - levels.value(place, now)
             chosen[column] = best
             block.addr_(hessian[column, start:end], steps[row], alpha=-1)
         gradient[end:].addmm_(hessian[end:, start:end], steps, alpha=-1)

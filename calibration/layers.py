@@ -18,8 +18,9 @@ from torch import Tensor
 
 from calibration.anatomy import Group, Layer, dissect
 from calibration.awq import awq_factors
-from calibration.gptq import SWEEPS, factor, gptq
+from calibration.gptq import SWEEPS, Curvature, factor, gptq, gptq_palette
 from calibration.ledger import Ledger
+from calibration.palettes import palettize
 from calibration.ranges import Range, RangeObserver, ranges_to_json
 from calibration.rtn import round_to_nearest, row_blocks
 from calibration.smooth import smooth_factors
@@ -28,8 +29,8 @@ from exporter.errors import InputError
 from exporter.model.eager import eager_table
 from exporter.model.graph import Graph, Observer, Value, Weight
 from exporter.model.reference import FULL_PRECISION, Reference
-from exporter.quantized import QuantizedTensor
-from exporter.spec import EMBEDDING, Method, Progress, Recipe, WeightScheme
+from exporter.quantized import CodedTensor
+from exporter.spec import EMBEDDING, Method, Precision, Progress, Recipe, WeightScheme
 from exporter.store import StoreKey, TensorError, WeightStore
 
 PROPAGATION = 0.75
@@ -280,7 +281,7 @@ def _quantize_layer(
         with ledger.stage("folding"):
             for group in layer.groups:
                 _choose_factors(group, layer, streams, folded, recipe)
-    done: dict[str, QuantizedTensor] = {}
+    done: dict[str, CodedTensor] = {}
     errors: dict[str, TensorError] = {}
     total = len(store.quantized_names(layer.index))
     for group in layer.groups:
@@ -293,11 +294,9 @@ def _quantize_layer(
             with ledger.stage("factoring", flops=2 / 3 * len(second_moment) ** 3):
                 curvature = factor(second_moment, damping=recipe.damping, act_order=recipe.act_order)
         for name in group.linears:
-            bits = store.scheme.precision(name).bits
-            if bits is None:
+            if store.scheme.precision(name).bits is None:
                 continue
             weight = target = folded[name]
-            settings = {"bits": bits, "group_size": store.scheme.groups(name, columns=weight.shape[1])}
             flops = 2.0 * weight.numel() * weight.shape[1]
             if compensates:
                 with ledger.stage("propagating", flops=3 * flops):
@@ -305,12 +304,12 @@ def _quantize_layer(
                         weight @ moments.lag + moments.residual_lag
                     )
                 with ledger.stage("gptq", flops=(2.5 + 3.5 * SWEEPS) * flops):
-                    tensor = gptq(target, curvature, name=name, **settings)
+                    tensor = _compensated(target, curvature, name, store.scheme)
             else:
                 with ledger.stage("rounding"):
-                    tensor = round_to_nearest(weight, name=name, **settings)
+                    tensor = _rounded(weight, name, store.scheme, energy=second_moment.diagonal())
             with ledger.stage("measuring", flops=3 * flops):
-                plain = round_to_nearest(store.checkpoint.read(name), name=name, **settings).dequantize()
+                plain = _rounded(store.checkpoint.read(name), name, store.scheme).dequantize()
                 before = _output_loss(target - folded.apply(name, plain), second_moment)
                 after = _output_loss(target - tensor.dequantize(), second_moment)
                 energy = _output_loss(target, second_moment)
@@ -347,10 +346,9 @@ def _choose_factors(group: Group, layer: Layer, streams: _Streams, folded: _Fold
         factors = smooth_factors(weights, largest)
     else:
         coarsest = min(group.linears, key=lambda name: store.scheme.precision(name).bits or 0)
-        bits = store.scheme.precision(coarsest).bits
-        assert bits is not None  # all of them have
-        group_size = store.scheme.groups(coarsest, columns=weights[0].shape[1])
-        factors = awq_factors(weights, second_moment, bits=bits, group_size=group_size)
+        factors = awq_factors(
+            weights, second_moment, rounded=lambda rows: _rounded(rows, coarsest, store.scheme).dequantize()
+        )
     factors = group.fold.tie(factors)
     folded.columns |= dict.fromkeys(group.linears, factors)
     folded.sources[group.fold.source] = group.fold.source_factors(factors)
@@ -374,7 +372,7 @@ def _moments(
     layer: Layer,
     streams: _Streams,
     folded: _Folded,
-    done: dict[str, QuantizedTensor],
+    done: dict[str, CodedTensor],
     *,
     ledger: Ledger,
 ) -> _Moments:
@@ -422,8 +420,30 @@ def _output_loss(error: Tensor, second_moment: Tensor) -> float:
     return ((error @ second_moment) * error).sum().item()
 
 
-def _decoded(stored: QuantizedTensor | Tensor) -> Tensor:
-    return stored.dequantize() if isinstance(stored, QuantizedTensor) else stored.float()
+def _decoded(stored: CodedTensor | Tensor) -> Tensor:
+    return stored.float() if isinstance(stored, Tensor) else stored.dequantize()
+
+
+def _rounded(weight: Tensor, name: str, scheme: WeightScheme, *, energy: Tensor | None = None) -> CodedTensor:
+    """``weight`` as ``scheme`` stores the matrix ``name``, each element rounded by itself. ``energy`` (float32 ``[K]``,
+    of the input's channels) is what a palette's tables are chosen by."""
+    precision = scheme.precision(name)
+    if precision is Precision.LUT4:
+        return palettize(weight, name=name, energy=energy)
+    return round_to_nearest(weight, name=name, **_code_settings(weight, name, scheme))
+
+
+def _compensated(weight: Tensor, curvature: Curvature, name: str, scheme: WeightScheme) -> CodedTensor:
+    """The same, with the error of each column made up for by others."""
+    if scheme.precision(name) is Precision.LUT4:
+        return gptq_palette(weight, curvature, name=name)
+    return gptq(weight, curvature, name=name, **_code_settings(weight, name, scheme))
+
+
+def _code_settings(weight: Tensor, name: str, scheme: WeightScheme) -> dict[str, int]:
+    bits = scheme.precision(name).bits
+    assert bits is not None  # nobody asks for floats
+    return {"bits": bits, "group_size": scheme.groups(name, columns=weight.shape[1])}
 
 
 def _summary(errors: dict[str, TensorError]) -> str:
@@ -437,10 +457,7 @@ def _round_part(store: WeightStore, layer: int | None) -> None:
     tensors, errors = [], {}
     for name in store.quantized_names(layer):
         weight = _read_finite(store.checkpoint, name)
-        bits = store.scheme.precision(name).bits
-        assert bits is not None  # quantized_names gives no other
-        group_size = store.scheme.groups(name, columns=weight.shape[1])
-        tensor = round_to_nearest(weight, name=name, bits=bits, group_size=group_size)
+        tensor = _rounded(weight, name, store.scheme)
         error = relative_error(weight, tensor)
         errors[name] = TensorError(rounded=error, stored=error)
         tensors.append(tensor)
@@ -459,12 +476,13 @@ def _read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
     return weight
 
 
-def relative_error(weight: Tensor, quantized: QuantizedTensor) -> float:
+def relative_error(weight: Tensor, quantized: CodedTensor) -> float:
     """|W - Q|^2 / |W|^2 in Frobenius norm, in blocks of rows so that no second float copy of W is held."""
-    error = total = 0.0
-    for rows, codes, scales in row_blocks(weight, quantized.codes, quantized.scales):
+    error, total, start = 0.0, 0.0, 0
+    for (rows,) in row_blocks(weight):
         exact = rows.float()
-        groups = codes.float().view(-1, quantized.group_size).mul_(scales.reshape(-1, 1))
-        error += groups.view_as(exact).sub_(exact).square_().sum().item()
+        stored = quantized.dequantize(slice(start, start + len(rows)))
+        error += stored.sub_(exact).square_().sum().item()
         total += exact.square_().sum().item()
+        start += len(rows)
     return error / total if total else 0.0

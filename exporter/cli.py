@@ -29,6 +29,7 @@ from exporter.cli_options import (
     PreferOption,
     RulesOption,
     StoreOption,
+    SystemOption,
     TargetOption,
 )
 from exporter.errors import ExportError, UsageError, gravest
@@ -36,6 +37,7 @@ from exporter.limits import KL_GROWTH, RATE_LOSS, SIZE_GROWTH, Limits, Tolerance
 from exporter.reporting import reporting
 from exporter.spec import (
     Method,
+    Precision,
     Prefer,
 )
 
@@ -100,6 +102,7 @@ def export(
     target: TargetOption = None,
     backend: BackendOption = None,
     device: DeviceOption = None,
+    system: SystemOption = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="A TOML file of options; those given here come before its own.")
     ] = None,
@@ -193,6 +196,7 @@ def export(
     with reporting() as progress:
         from exporter.checkpoint import BUNDLED_MODEL
         from exporter.checkpoint.config import read_spec
+        from exporter.forecast import PALETTES_MAY_CRASH
         from exporter.pipeline import export as run
         from exporter.planning import plan, settle
         from exporter.recipe import asked_for, read_recipe
@@ -206,6 +210,7 @@ def export(
                 target=target,
                 backend=backend,
                 device=device,
+                os=system,
                 precision=precision,
                 prefer=prefer,
                 head=head,
@@ -235,6 +240,8 @@ def export(
         made = plan(checkpoint, out=out, store=store, **choices)
         if made.prefer is Prefer.DECODE:
             progress.note(f"--prefer decode: int4 in groups of {made.scheme.group_size or 'a row'}")
+        if made.scheme.body is Precision.LUT4:
+            progress.note(PALETTES_MAY_CRASH)
         outcomes = run(made, progress)
     _print_outcomes(outcomes, as_json=as_json)
 

@@ -19,6 +19,7 @@ from exporter.cli_options import (
     PrecisionOption,
     PreferOption,
     RulesOption,
+    SystemOption,
     TargetOption,
 )
 from exporter.reporting import reporting
@@ -38,6 +39,7 @@ def plan(
     target: TargetOption = None,
     backend: BackendOption = None,
     device: DeviceOption = None,
+    system: SystemOption = None,
     precision: PrecisionOption = None,
     prefer: PreferOption = None,
     head: HeadOption = None,
@@ -65,6 +67,7 @@ def plan(
             target=target or (None if device else "all"),
             backend=backend,
             device=device,
+            os=system,
             precision=precision,
             prefer=prefer,
             head=head,

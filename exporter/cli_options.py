@@ -73,7 +73,7 @@ PrecisionOption = Annotated[
     typer.Option(
         "--precision",
         "-p",
-        help="fp32, fp16, int8 or int4.",
+        help="fp32, fp16, int8, int4, or lut4: tables of 16 values (coreml).",
         show_default="int4, or int8 with --prefer prefill",
     ),
 ]
@@ -85,6 +85,16 @@ PreferOption = Annotated[
         help="quality; prefill: prompts are read several times faster, int8 by int8 (onnxruntime); decode: int4 in "
         "the widest groups that fit, up to 128.",
         show_default="quality",
+    ),
+]
+
+SystemOption = Annotated[
+    str | None,
+    typer.Option(
+        "--os",
+        help="The oldest system that the app runs on, such as ios18, macos15 or android12: what it does not know is "
+        "refused.",
+        show_default="whatever the target needs",
     ),
 ]
 

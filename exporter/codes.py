@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor
-
-from exporter.quantized import QuantizedTensor
+from exporter.quantized import PalettizedTensor, QuantizedTensor
 from exporter.spec import Report, Verdict, WeightScheme
 from exporter.store import StoredWeight, WeightStore
 
@@ -23,10 +21,13 @@ def weight_digests(store: WeightStore) -> dict[str, str]:
 
 
 def digest(weight: StoredWeight) -> str:
-    """SHA-256 of a stored tensor: kind, shape, and every bit of its codes and scales, or of its floats."""
+    """SHA-256 of a stored tensor: kind, shape, and every bit of its codes with scales or tables, or of its floats."""
     if isinstance(weight, QuantizedTensor):
         header = f"int{weight.bits} {weight.shape} group {weight.group_size}"
         tensors = [weight.codes, weight.scales.float()]
+    elif isinstance(weight, PalettizedTensor):
+        header = f"lut4 {weight.shape}"
+        tensors = [weight.codes, weight.tables.float()]
     else:
         header = f"{weight.dtype} {tuple(weight.shape)}"
         tensors = [weight]
@@ -59,7 +60,7 @@ def check_codes(
 
 def _in_scheme_groups(weight: StoredWeight, scheme: WeightScheme, *, name: str) -> StoredWeight:
     """The same codes in the scheme's groups, where a target repeats one scale for each of its finer blocks."""
-    if isinstance(weight, Tensor) or not scheme.precision(name).bits:
+    if not isinstance(weight, QuantizedTensor) or not scheme.precision(name).bits:
         return weight
     group_size = scheme.groups(name, columns=weight.shape[1])
     repeats = group_size // weight.group_size
@@ -76,4 +77,6 @@ def _in_scheme_groups(weight: StoredWeight, scheme: WeightScheme, *, name: str) 
 def _describe(weight: StoredWeight) -> str:
     if isinstance(weight, QuantizedTensor):
         return f"int{weight.bits} in groups of {weight.group_size}"
+    if isinstance(weight, PalettizedTensor):
+        return "indices into tables"
     return str(weight.dtype).removeprefix("torch.")

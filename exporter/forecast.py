@@ -15,6 +15,7 @@ import targets
 from exporter.devices import Device
 from exporter.errors import CapacityError, MissingToolError
 from exporter.spec import ModelSpec, Plan, Precision, WeightScheme
+from exporter.systems import System, too_old
 from targets.footprint import Footprint, footprint
 
 GIB = 2**30
@@ -35,13 +36,10 @@ _LOWER_S = {"onnxruntime": (0.0, 3.9e-9), "executorch": (6.3, 3.3e-9), "coreml":
 _LOWER_BYTES = {"onnxruntime": (0.32, 0.136), "executorch": (0.78, 0.60), "coreml": (0.60, 0.956)}
 """GiB of anonymous memory at once and for 1e9 parameters."""
 
-_MINIMUM_OS = {
-    "coreml": {"ios": "iOS 18", "ipados": "iPadOS 18", "macos": "macOS 15"},
-    "executorch": {"ios": "iOS 17", "ipados": "iPadOS 17", "macos": "macOS 14"},
-}
-"""What a bundle of a target asks of the system: Core ML's states; ExecuTorch's Swift package, as samples/ios takes it.
-Nothing is said of Android, where a runtime comes with the app."""
-
+PALETTES_MAY_CRASH = (
+    "palettes with states were reported to crash after some hundred predictions (coremltools issue 2716): let this one "
+    "write a few thousand tokens on the phone before you ship it"
+)
 _LEAST_CONTEXT = 512
 _ROOMY = 4
 """int8 is chosen for a device where it takes no more than this part of what an app gets: there is no need to lose."""
@@ -118,9 +116,9 @@ def _foresee(label: str, plan: Plan, spec: ModelSpec, device: Device | None) -> 
         label=label,
         footprint=foreseen,
         precisions=_precisions(spec, plan.scheme),
-        refusal=target.refuse(spec, plan),
+        refusal=targets.refusal(label, target, spec, plan),
         missing=target.missing(),
-        lints=(*_lints(label, spec, foreseen), *(_device_lints(foreseen, device) if device else ())),
+        lints=(*_lints(label, spec, plan.scheme, foreseen), *(_device_lints(foreseen, device) if device else ())),
         limit_bytes=limit,
         limit_told=told,
         fits=_fits(foreseen, device),
@@ -146,8 +144,10 @@ def _precisions(spec: ModelSpec, scheme: WeightScheme) -> dict[str, int]:
     return dict(Counter(scheme.precision(name).value for name in matrices))
 
 
-def _lints(label: str, spec: ModelSpec, foreseen: Footprint) -> list[str]:
+def _lints(label: str, spec: ModelSpec, scheme: WeightScheme, foreseen: Footprint) -> list[str]:
     found = []
+    if scheme.body is Precision.LUT4:
+        found.append(PALETTES_MAY_CRASH)
     if label == "onnxruntime-wasm" and foreseen.artifact_bytes > 2**32:
         found.append(f"{foreseen.artifact_bytes / 1e9:.1f} GB are beyond the 4 GiB that WebAssembly addresses")
     if label == "executorch" and spec.tie_word_embeddings:
@@ -185,13 +185,14 @@ def sum_told(forecast: Forecast) -> str:
     return " + ".join(f"{part.name} {part.size_bytes / GIB:.2f}" for part in parts)
 
 
-def serving(device: Device) -> tuple[str, str]:
-    """The best label for the device that nothing is missing for on this host, and why. Raises MissingToolError."""
+def serving(device: Device, system: System | None = None) -> tuple[str, str]:
+    """The best label for the device, on that ``system``, that nothing is missing for on this host; and why. Raises
+    MissingToolError."""
     passed_over: list[str] = []
     for label in device.targets:
         if label not in targets.LABELS:
             continue
-        missing = targets.load(label).missing()
+        missing = targets.load(label).missing() or (too_old(label, system) if system else None)
         if missing is None:
             why = device.why if label == device.targets[0] else f"{'; '.join(passed_over) or device.why}"
             return label, why
@@ -200,12 +201,6 @@ def serving(device: Device) -> tuple[str, str]:
         f"nothing on this host serves {device.name}: {'; '.join(passed_over)}",
         hint="llama-export doctor shows what can be installed",
     )
-
-
-def minimum_os(label: str, device: Device) -> str | None:
-    """The oldest system of the device's kind that runs a bundle of ``label``, where there is one to tell."""
-    target, _ = targets.split(label)
-    return _MINIMUM_OS.get(target, {}).get(device.os)
 
 
 def fitting_context(label: str, spec: ModelSpec, scheme: WeightScheme, device: Device, *, wanted: int) -> int:

@@ -76,7 +76,7 @@ from exporter.spec import (
 from exporter.store import StoredWeight, StoreKey, WeightStore
 from exporter.texts import Texts, as_recorded, check_recorded, read_texts
 from exporter.tokenizer import Tokenizer
-from targets.base import INT8_CACHES, Target, arithmetic_for
+from targets.base import Target, arithmetic_for
 
 REPORT = "report.html"
 _FAILURES = {
@@ -430,16 +430,10 @@ def refuse_early(plan: Plan, spec: ModelSpec, chosen: Mapping[str, Target]) -> N
     if plan.budget_bytes:
         refuse_budget(spec, plan.scheme, budget_bytes=plan.budget_bytes)
     for label, target in chosen.items():
-        reason = target.refuse(spec, plan)
-        if reason:
+        if reason := targets.refusal(label, target, spec, plan):
             raise UsageError(f"target {label}: {reason}", hint="leave this target out, or change the option")
         if missing := target.missing():
             raise _missing(label, missing)
-        if plan.kv_cache and label not in INT8_CACHES:
-            raise UsageError(
-                f"target {label} has no cache of {plan.kv_cache}; those that have: {', '.join(INT8_CACHES)}",
-                hint="leave --kv-cache out, or this target",
-            )
     if plan.device:
         device = find_device(plan.device)
         refuse_what_does_not_fit(foresee(plan, spec, device), device)
@@ -481,7 +475,7 @@ def _refuse_folder(plan: Plan) -> None:
 
 
 def _refuse_full_disk(plan: Plan, spec: ModelSpec) -> None:
-    bits = {Precision.FP32: 32, Precision.FP16: 16, Precision.INT8: 9, Precision.INT4: 5}
+    bits = {Precision.FP32: 32, Precision.FP16: 16, Precision.INT8: 9, Precision.INT4: 5, Precision.LUT4: 5}
     size = sum(math.prod(shape) * bits[plan.scheme.precision(name)] // 8 for name, shape in spec.weights().items())
     for folder, copies in ((plan.out, len(plan.targets)), (plan.store, 1 if plan.scheme.body.bits else 0)):
         existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import targets
 from exporter.checkpoint.config import read_spec
 from exporter.devices import find_device
 from exporter.errors import UsageError
-from exporter.forecast import fitting_context, is_roomy_for_int8, minimum_os, serving
+from exporter.forecast import fitting_context, is_roomy_for_int8, serving
 from exporter.spec import (
     EMBEDDING,
     GROUP_SIZES,
@@ -27,6 +28,7 @@ from exporter.spec import (
     Sampling,
     WeightScheme,
 )
+from exporter.systems import System, oldest_system, parse_system, too_old
 
 DEFAULT_CONTEXT = 2048
 DEFAULT_WINDOW_LENGTH = 512
@@ -45,6 +47,8 @@ class Choices(TypedDict, total=False):
     """Names with commas between: each holds for those of the targets that have it."""
     device: str
     """A slug of ``targets/devices.toml``: decides whatever of target, precision and context is left out."""
+    os: str
+    """The oldest system that the app runs on, as ``ios18``: what that one does not know is refused."""
     precision: str
     prefer: str
     head: str
@@ -85,6 +89,7 @@ def plan(
         )
     spec = read_spec(Path(checkpoint))
     choices, _ = settle(choices, spec)
+    system = _system(choices)
     corpus, method = choices.get("calibration"), choices.get("method")
     _refuse_two_budgets(choices, calibrated=corpus != NO_CALIBRATION and method != "rtn")
     prefer = _prefer(choices)
@@ -95,9 +100,12 @@ def plan(
     sampling = _only(choices, "windows", "window_length", "seed")
     longest = min(DEFAULT_WINDOW_LENGTH, spec.max_position_embeddings)
     budget_mb, text = choices.get("budget_mb"), choices.get("eval_text")
+    labels = _targets(choices["target"], backends=choices.get("backend"))
+    if system:
+        _refuse_system(labels, system, scheme, spec)
     return Plan(
         checkpoint=Path(checkpoint),
-        targets=_targets(choices["target"], backends=choices.get("backend")),
+        targets=labels,
         scheme=scheme,
         recipe=_recipe(
             scheme, corpus=corpus, method=method, sampling=sampling, tuning=_only(choices, "act_order", "damping")
@@ -111,6 +119,7 @@ def plan(
         logits=Logits(_one_of("--logits", choices.get("logits", Logits.LAST), list(Logits))),
         prefer=prefer,
         device=choices.get("device"),
+        system=str(system) if system else None,
         kv_cache=_kv_cache(choices.get("kv_cache")),
         out=Path(out),
         store=Path(store) if store else default_store(),
@@ -125,10 +134,15 @@ def settle(choices: Choices, spec: ModelSpec) -> tuple[Choices, tuple[str, ...]]
     if "device" not in choices:
         return choices, ()
     device, reasons = find_device(choices["device"]), []
+    system = _system(choices)
+    if system and system.kind != device.os:
+        raise UsageError(
+            f"--os is {system}, but {device.name} runs {device.os}", hint="leave it out, or name another device"
+        )
     if "target" not in choices:
         if "backend" in choices:
             raise UsageError("--backend says what runs inside a --target", hint="name one, or leave --backend out")
-        label, why = serving(device)
+        label, why = serving(device, system)
         choices = {**choices, "target": label}
         reasons.append(f"--target {label}: {why}")
     label = _targets(choices["target"], backends=choices.get("backend"))[0]
@@ -147,9 +161,9 @@ def settle(choices: Choices, spec: ModelSpec) -> tuple[Choices, tuple[str, ...]]
         choices = {**choices, "context": fitting}
         why = "the default" if fitting == context else f"{context} would not fit {device.name}"
         reasons.append(f"--context {fitting}: {why}")
-    if system := minimum_os(label, device):
+    if oldest := oldest_system(label, device.os):
         shipped = f"; {device.name} came with {device.os_shipped}" if device.os_shipped else ""
-        reasons.append(f"needs {system} or later{shipped}")
+        reasons.append(f"needs {oldest} or later{shipped}")
     return choices, tuple(reasons)
 
 
@@ -171,6 +185,8 @@ def choices_of(plan: Plan) -> Choices:
     }
     if plan.device is not None:
         chosen["device"] = plan.device
+    if plan.system is not None:
+        chosen["os"] = plan.system
     if plan.kv_cache is not None:
         chosen["kv_cache"] = plan.kv_cache.value
     if scheme.body.bits:
@@ -208,8 +224,6 @@ def default_store() -> Path:
 
 def _targets(words: str, *, backends: str | None) -> tuple[str, ...]:
     """The labels that ``--target`` and ``--backend`` stand for."""
-    import targets
-
     named = _words(words)
     named = targets.NAMES if "all" in named else named
     pairs = {name: targets.split(name) for name in named}
@@ -230,6 +244,22 @@ def _targets(words: str, *, backends: str | None) -> tuple[str, ...]:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+
+
+def _system(choices: Choices) -> System | None:
+    return parse_system(choices["os"]) if "os" in choices else None
+
+
+def _refuse_system(labels: Sequence[str], system: System, scheme: WeightScheme, spec: ModelSpec) -> None:
+    """Raises UsageError for a label whose bundle does not run on ``system``, naming those that do."""
+    stored = {scheme.precision(name) for name, shape in spec.weights().items() if len(shape) == 2}
+    for label in labels:
+        if why := too_old(label, system, stored):
+            others = [name for name in targets.NAMES if too_old(name, system) is None]
+            raise UsageError(
+                f"target {label} does not run on --os {system}, {why}",
+                hint=f"take --target {' or '.join(others)}, or a newer --os",
+            )
 
 
 def _prefer(choices: Choices) -> Prefer:

@@ -14,7 +14,13 @@ from exporter.metrics import bootstrap_interval, kl_divergence, negative_log_lik
 from exporter.model.reference import Reference
 from exporter.spec import Precision, Report, Verdict
 
-MEAN_KL_NATS = {Precision.FP32: 1e-6, Precision.FP16: 1e-4, Precision.INT8: 2e-3, Precision.INT4: 5e-2}
+MEAN_KL_NATS = {
+    Precision.FP32: 1e-6,
+    Precision.FP16: 1e-4,
+    Precision.INT8: 2e-3,
+    Precision.INT4: 5e-2,
+    Precision.LUT4: 5e-2,
+}
 """Budgets by the precision of the body (``docs/decisions/0003-parity-gates.md``)."""
 
 WINDOWS = 16

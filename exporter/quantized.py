@@ -1,11 +1,13 @@
-"""A weight as it is stored: integer codes and the scales that turn them back into numbers."""
+"""A weight as it is stored: integer codes, and the scales or the table that turn them back into numbers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from exporter.spec import TABLE_ROWS, TABLE_VALUES
 
 SMALLEST_SCALE = 2.0**-17
 """Scales lie on the bf16 grid and are at least this large, so that bf16 (XNNPACK), fp16 (Core ML) and
@@ -14,6 +16,8 @@ exponent is in fp16's range, and 2**-17 leaves room for eight significant bits a
 
 CODE_RANGE = {4: (-8, 7), 8: (-127, 127)}
 """Smallest and largest code for each bit width. int8 leaves -128 out so that negation stays in range."""
+
+ALL_ROWS = slice(None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,14 +48,48 @@ class QuantizedTensor:
         rows, columns = self.codes.shape
         return rows, columns
 
-    def dequantize(self) -> Tensor:
-        """float32 ``[N, K]``: code times the scale of its group, exact in float32."""
-        grouped = self.codes.view(self.shape[0], -1, self.group_size).float()
-        return grouped.mul_(self.scales.unsqueeze(-1)).view(self.shape)
+    def dequantize(self, rows: slice | Tensor = ALL_ROWS) -> Tensor:
+        """float32 ``[n, K]`` of ``rows`` (int64 ``[n]``): code times the scale of its group, exact in float32."""
+        codes, scales = self.codes[rows], self.scales[rows]
+        return codes.view(len(codes), -1, self.group_size).float().mul_(scales.unsqueeze(-1)).view(codes.shape)
 
-    def rows(self, which: slice | Tensor) -> QuantizedTensor:
-        """Those of its rows (int64 ``[n]``) alone; a slice shares their memory."""
-        return replace(self, codes=self.codes[which], scales=self.scales[which])
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PalettizedTensor:
+    """One weight matrix as indices into tables of 16 values; ``dequantize`` is its definition.
+
+    ``codes``: int8 ``[N, K]``, 0 to 15. ``tables``: float32 ``[N / TABLE_ROWS, 16]`` on the float16 grid, ascending,
+    one for each ``TABLE_ROWS`` rows.
+    """
+
+    name: str
+    codes: Tensor
+    tables: Tensor
+
+    def __post_init__(self) -> None:
+        expected = (len(self.codes) // TABLE_ROWS, TABLE_VALUES)
+        if len(self.codes) % TABLE_ROWS or tuple(self.tables.shape) != expected:
+            raise ValueError(
+                f"{self.name}: tables are {tuple(self.tables.shape)}, but {len(self.codes)} rows, {TABLE_ROWS} to a "
+                f"table, want {expected}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a table: all."""
+        return self.shape[1]
+
+    def dequantize(self, rows: slice | Tensor = ALL_ROWS) -> Tensor:
+        """float32 ``[n, K]`` of ``rows`` (int64 ``[n]``): what the table has at each code."""
+        return self.tables.repeat_interleave(TABLE_ROWS, dim=0)[rows].gather(1, self.codes[rows].long())
+
+
+CodedTensor = QuantizedTensor | PalettizedTensor
 
 
 def pack_int4(codes: Tensor) -> Tensor:

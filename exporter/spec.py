@@ -119,16 +119,24 @@ class Precision(StrEnum):
     FP16 = "fp16"
     INT8 = "int8"
     INT4 = "int4"
+    LUT4 = "lut4"
+    """Indices of four bits into tables of sixteen values: a palette, in Core ML's words."""
 
     @property
     def bits(self) -> int | None:
-        """Bits of an integer precision; None for a floating-point one."""
-        return {Precision.INT8: 8, Precision.INT4: 4}.get(self)
+        """Bits of a code; None for a floating-point precision."""
+        return {Precision.INT8: 8, Precision.INT4: 4, Precision.LUT4: 4}.get(self)
 
 
 GROUP_SIZES = (32, 64, 128)
 PER_ROW = 0
 """The ``group_size`` that stands for one scale per row."""
+
+TABLE_ROWS = 8
+"""Rows that share a table of a palette: what ANEMLL's exports for the Neural Engine take by default. At 2,048 columns
+the table's 32 bytes are 1/256 of what its indices take."""
+
+TABLE_VALUES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +159,7 @@ class WeightScheme:
     embedding: Precision
     head: Precision
     group_size: int
-    """Columns that share an int4 scale, or ``PER_ROW``; int8 has one scale per row."""
+    """Columns that share an int4 scale, or ``PER_ROW``; int8 has one scale per row, a palette none."""
     rules: tuple[Rule, ...] = ()
     """Matrices of the body that are stored otherwise than ``body``; the last rule that matches counts."""
 
@@ -305,6 +313,8 @@ class Plan:
     sampling: Sampling
     device: str | None = None
     """A slug of ``targets/devices.toml``, which it has to fit."""
+    system: str | None = None
+    """The oldest one that the app runs on, such as ``iOS 18``."""
     out: Path
     store: Path
     """The cache folder in which quantized weights are kept and found again."""

@@ -23,13 +23,14 @@ from exporter.checkpoint import Checkpoint
 from exporter.checkpoint.config import read_json
 from exporter.errors import InputError
 from exporter.files import save_tensors, sha256, written_whole
-from exporter.quantized import QuantizedTensor, pack_int4, unpack_int4
+from exporter.quantized import CodedTensor, PalettizedTensor, QuantizedTensor, pack_int4, unpack_int4
 from exporter.spec import ModelSpec, Precision, Recipe, WeightScheme
 
 FORMAT_VERSION = 2
 
-StoredWeight = QuantizedTensor | Tensor
+PlainWeight = QuantizedTensor | Tensor
 """Codes and scales, a float16 or float32 matrix, or the float32 vector of a norm."""
+StoredWeight = PlainWeight | PalettizedTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,7 @@ class WeightStore:
             case Precision.FP16:
                 return _to_float16(name, self.checkpoint.read(name))
             case _:
-                return self._read_quantized(name)
+                return self._read_coded(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.spec.weights())
@@ -104,7 +105,7 @@ class WeightStore:
     def write_part(
         self,
         layer: int | None,
-        tensors: list[QuantizedTensor],
+        tensors: list[CodedTensor],
         *,
         errors: dict[str, TensorError],
         floats: dict[str, Tensor],
@@ -113,8 +114,12 @@ class WeightStore:
         them; whole or not at all."""
         contents: dict[str, Tensor] = {name: tensor.float().contiguous() for name, tensor in floats.items()}
         for tensor in tensors:
-            contents[f"{tensor.name}.codes"] = pack_int4(tensor.codes) if tensor.bits == 4 else tensor.codes
-            contents[f"{tensor.name}.scales"] = tensor.scales.to(torch.bfloat16)
+            packed = self.scheme.precision(tensor.name).bits == 4
+            contents[f"{tensor.name}.codes"] = pack_int4(tensor.codes) if packed else tensor.codes
+            if isinstance(tensor, PalettizedTensor):
+                contents[f"{tensor.name}.tables"] = tensor.tables.to(torch.float16)
+            else:
+                contents[f"{tensor.name}.scales"] = tensor.scales.to(torch.bfloat16)
         written = {name: asdict(error) for name, error in errors.items()}
         save_tensors(self.part_file(layer), contents, metadata={"errors": json.dumps(written, sort_keys=True)})
 
@@ -219,11 +224,14 @@ class WeightStore:
                     return part.get_tensor(name)
         return self.checkpoint.read(name).float()
 
-    def _read_quantized(self, name: str) -> QuantizedTensor:
+    def _read_coded(self, name: str) -> CodedTensor:
         bits = self.scheme.precision(name).bits
         assert bits is not None  # the caller has asked
+        palette = self.scheme.precision(name) is Precision.LUT4
         with self._open(self.part_file(_layer_of(name))) as part:
-            codes, scales = part.get_tensor(f"{name}.codes"), part.get_tensor(f"{name}.scales")
+            codes, scales = (part.get_tensor(f"{name}.{kind}") for kind in ("codes", "tables" if palette else "scales"))
+        if palette:
+            return PalettizedTensor(name=name, codes=unpack_int4(codes) & 0xF, tables=scales.float())
         return QuantizedTensor(
             name=name,
             bits=bits,
@@ -241,6 +249,12 @@ class WeightStore:
             raise InputError(
                 f"the store at {file} cannot be read: {error}", hint=f"remove {self.folder} and run again"
             ) from error
+
+
+def plain(weight: StoredWeight) -> PlainWeight:
+    """``weight`` where no palette can be: of targets that take none (``targets.PALETTES``)."""
+    assert not isinstance(weight, PalettizedTensor)
+    return weight
 
 
 def _layer_of(name: str) -> int | None:

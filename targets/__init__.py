@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from exporter.errors import UsageError
+from exporter.spec import TABLE_ROWS, ModelSpec, Plan, Precision
 
 if TYPE_CHECKING:
     from targets.base import Target
@@ -26,6 +27,12 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 
 NAMES = tuple(BACKENDS)
 
+INT8_CACHES = ("executorch",)
+"""Labels whose runtime can keep keys and values as int8."""
+
+PALETTES = ("coreml", "coreml-ane")
+"""Labels that take ``Precision.LUT4``."""
+
 
 def label(target: str, backend: str) -> str:
     return target if backend == BACKENDS[target][0] else f"{target}-{backend}"
@@ -39,6 +46,23 @@ def load(name: str) -> Target:
     target, backend = split(name)
     served: Target = importlib.import_module(f"targets.{target}").load(backend)
     return served
+
+
+def refusal(name: str, served: Target, spec: ModelSpec, plan: Plan) -> str | None:
+    """Why ``served``, behind the label ``name``, cannot carry out ``plan``, in one sentence; None if it can."""
+    if plan.kv_cache and name not in INT8_CACHES:
+        return f"it has no cache of {plan.kv_cache}; those that have: {', '.join(INT8_CACHES)}"
+    palettes = {
+        weight: shape[0]
+        for weight, shape in spec.weights().items()
+        if len(shape) == 2 and plan.scheme.precision(weight) is Precision.LUT4
+    }
+    if palettes and name not in PALETTES:
+        return f"it takes no palettes, --precision {Precision.LUT4}; those that do: {', '.join(PALETTES)}"
+    for weight, rows in palettes.items():
+        if rows % TABLE_ROWS:
+            return f"{TABLE_ROWS} rows share a table of --precision {Precision.LUT4}, but {weight} has {rows}"
+    return served.refuse(spec, plan)
 
 
 def split(name: str) -> tuple[str, str]:

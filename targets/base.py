@@ -80,10 +80,6 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
-INT8_CACHES = ("executorch",)
-"""Labels whose runtime can keep keys and values as int8."""
-
-
 def arithmetic_for(target: Target, plan: Plan) -> Arithmetic:
     """What the runtime does with numbers in an artifact of this plan."""
     arithmetic = target.arithmetic(plan.scheme, plan.prefer)

@@ -11,12 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import targets
-from exporter.spec import EMBEDDING, HEAD, ModelSpec, Precision, Prefer, WeightScheme, activation_block
+from exporter.spec import (
+    EMBEDDING,
+    HEAD,
+    TABLE_ROWS,
+    TABLE_VALUES,
+    ModelSpec,
+    Precision,
+    Prefer,
+    WeightScheme,
+    activation_block,
+)
 
 PROMPT = 1024
 """Tokens that are fed at once at most; an app can feed a longer prompt in pieces."""
 
-_BYTES = {Precision.FP32: 4.0, Precision.FP16: 2.0, Precision.INT8: 1.0, Precision.INT4: 0.5}
+_BYTES = {Precision.FP32: 4.0, Precision.FP16: 2.0, Precision.INT8: 1.0, Precision.INT4: 0.5, Precision.LUT4: 0.5}
 
 _SESSION_BYTES = 50 << 20
 """What a session of ONNX Runtime keeps beside weights: 42 to 65 MiB over seven artifacts of 1B to 8B, some 19 of them
@@ -78,7 +88,8 @@ def footprint(
     read = sum(matrix.size_bytes for matrix in body) + head.size_bytes
     shared = spec.tie_word_embeddings and label != "executorch"  # XNNPACK's delegates hold their weights themselves
     stored = read + vectors + (0 if shared else embedding.size_bytes)
-    cache = _cache(spec, context=context, floats=2 if target == "coreml" else 4, kv_cache=kv_cache)
+    kept_as = kv_cache or Precision(targets.load(label).arithmetic(scheme, prefer).kv_dtype)
+    cache = _cache(spec, context=context, kept_as=kept_as)
     prompt = min(PROMPT, context)
     parts = {
         ("onnxruntime", "cpu"): _onnxruntime,
@@ -117,6 +128,8 @@ def _matrix(label: str, name: str, shape: tuple[int, ...], scheme: WeightScheme,
     codes = rows * columns if by_bytes else math.ceil(rows * columns * _BYTES[precision])
     if not precision.bits:
         return _Matrix(name=name, codes=codes, scales=0)
+    if precision is Precision.LUT4:
+        return _Matrix(name=name, codes=codes, scales=2 * TABLE_VALUES * rows // TABLE_ROWS)
     group = scheme.groups(name, columns=columns)
     width = {
         "coreml": 2,
@@ -133,9 +146,9 @@ def _as_integers(name: str, prefer: Prefer) -> bool:
     return prefer is Prefer.PREFILL and name not in (EMBEDDING, HEAD)
 
 
-def _cache(spec: ModelSpec, *, context: int, floats: int, kv_cache: Precision | None) -> Part:
-    """Of ``floats`` bytes each, or int8 with a scale and a zero point for each head of a token."""
-    head = spec.head_dim + 4 + 1 if kv_cache is Precision.INT8 else spec.head_dim * floats
+def _cache(spec: ModelSpec, *, context: int, kept_as: Precision) -> Part:
+    """Of floats, or of int8 with a scale and a zero point for each head of a token."""
+    head = round(spec.head_dim * _BYTES[kept_as]) + (4 + 1 if kept_as is Precision.INT8 else 0)
     size = 2 * spec.num_hidden_layers * spec.num_key_value_heads * head * context
     return Part(name=f"key-value cache, {context:,} positions", size_bytes=size)
 

@@ -30,7 +30,7 @@ LAYERS = (
         *("exporter.pipeline", "exporter.planning", "exporter.recipe", "exporter.texts", "exporter.progress"),
         *("exporter.report", "exporter.checks", "exporter.junit", "exporter.markdown", "exporter.html"),
         *("exporter.generation", "exporter.measure", "exporter.packing", "exporter.device"),
-        *("exporter.devices", "exporter.forecast", "exporter.report_devices", "exporter.terminal"),
+        *("exporter.devices", "exporter.systems", "exporter.forecast", "exporter.report_devices", "exporter.terminal"),
     ),
     (
         *("exporter.cli", "exporter.cli_bundle", "exporter.cli_options", "exporter.cli_devices"),

@@ -18,7 +18,6 @@ from exporter.model.eager import eager_table
 from exporter.model.graph import Constant, Graph, Node, Table, Value, Weight, walk
 from exporter.model.ops import attend
 from exporter.model.static import LinearSteps, linear_steps
-from exporter.quantized import QuantizedTensor
 from exporter.spec import SMALLEST_ABSMAX, Activations, Arithmetic, activation_block
 from exporter.store import StoredWeight, WeightStore
 
@@ -201,7 +200,7 @@ class Reference:
         if weight.name in self._kept:
             return self._kept[weight.name]
         stored = self._weights[weight.name]
-        group_size = stored.group_size if isinstance(stored, QuantizedTensor) else None
+        group_size = None if isinstance(stored, Tensor) else stored.group_size
         matrix = _Matrix(stored=stored, group_size=group_size, dtype=self._arithmetic.dequantized_dtype)
         size = 4 * math.prod(weight.shape)
         if self._kept_bytes + size <= self._keep_bytes:
@@ -222,7 +221,7 @@ class _Matrix:
         """float32, rounded as the target rounds what it dequantizes."""
         if isinstance(self.stored, Tensor):
             return self.stored[which].float()
-        values = self.stored.rows(which).dequantize()
+        values = self.stored.dequantize(which)
         return values.half().float() if self.dtype == "fp16" else values
 
     def blocks(self, shape: tuple[int, ...]) -> Iterator[slice]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -34,44 +33,6 @@ _SUFFIX = ".mlpackage"
 _WHOLE = f"{WHOLE}{_SUFFIX}"
 _PARTS = WHOLE
 """A package by itself, or the folder of several."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SystemSupport:
-    """What an ML Program may hold where it has to run on that system."""
-
-    ios: int
-    macos: int
-    int8_per_row: bool
-    """``constexpr_affine_dequantize`` of iOS 16, or its successor of iOS 18."""
-    palettes: bool
-    """``constexpr_lut_to_dense`` of iOS 16: 1 to 8 bits, one table a tensor before iOS 18."""
-    int4: bool
-    """``constexpr_blockwise_shift_scale`` of iOS 18, per row or by blocks: iOS 16's op has no 4-bit codes."""
-    states: bool
-    """``read_state`` and ``MLState``: a cache that the model keeps."""
-    functions: bool
-    """Several functions in one package, sharing weights."""
-
-
-SYSTEMS = (
-    SystemSupport(ios=16, macos=13, int8_per_row=True, palettes=True, int4=False, states=False, functions=False),
-    SystemSupport(ios=17, macos=14, int8_per_row=True, palettes=True, int4=False, states=False, functions=False),
-    SystemSupport(ios=18, macos=15, int8_per_row=True, palettes=True, int4=True, states=True, functions=True),
-)
-"""From coremltools' op sets: ``coremltools/converters/mil/mil/ops/defs/{iOS16,iOS17,iOS18}`` (constexpr_ops.py,
-compression.py, states.py), and ``ct.utils.save_multifunction``, which asks for iOS 18."""
-
-
-def refuse_system(ios: int) -> str | None:
-    """Why a package of this backend cannot run on that iOS, in one sentence; None if it can."""
-    known = [system for system in SYSTEMS if system.ios <= ios]
-    if not known:
-        return f"iOS {ios} runs no ML Program with compressed weights: iOS 18 or later is needed"
-    system = known[-1]
-    wanted = {"states": "a cache that the model keeps", "functions": "several functions in a package"}
-    missing = [words for field, words in wanted.items() if not getattr(system, field)]
-    return f"iOS {ios} has not {' and not '.join(missing)}: iOS 18 or later is needed" if missing else None
 
 
 class AneTarget(CoreMLTarget):

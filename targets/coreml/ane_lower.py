@@ -29,11 +29,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from exporter.model.graph import Constant, Graph, Value, Weight, cache_names, walk
 from exporter.model.rope import rope_table
-from exporter.quantized import QuantizedTensor
-from exporter.spec import FINAL_NORM, Logits, Plan
+from exporter.spec import FINAL_NORM, TABLE_ROWS, Logits, Plan
 from exporter.store import WeightStore
 from targets.coreml.ane_parts import Part
 from targets.coreml.emission import (
@@ -43,6 +43,7 @@ from targets.coreml.emission import (
     cast,
     code_arrays,
     conversion,
+    decoded,
     refuse_unknown_attention,
     sizes_of,
 )
@@ -108,19 +109,25 @@ class _Constants:
         rows = weight.shape[0]
         step = math.ceil(rows / math.ceil(rows / largest))
         if step == rows:
-            return [self._block(weight.name, slice(None), name=mil_name(weight.name))]
-        starts = range(0, rows, step)
-        return [self._block(weight.name, slice(s, s + step), name=block_name(weight.name, start=s)) for s in starts]
+            return [self._block(weight.name, slice(0, rows), name=mil_name(weight.name))]
+        if "lut" in self._read(weight.name):
+            step = math.ceil(step / TABLE_ROWS) * TABLE_ROWS
+        blocks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+        return [self._block(weight.name, block, name=block_name(weight.name, start=block.start)) for block in blocks]
 
     def _block(self, weight: str, rows: slice, *, name: str) -> MilVar:
         stored = self._read(weight)
-        if not isinstance(stored, tuple):
+        if not isinstance(stored, dict):
             return self.floats(stored[rows], name=name)
-        codes, scales = (part[rows] for part in stored)
-        decoded = mb.constexpr_blockwise_shift_scale(data=codes, scale=scales, name=name)
-        for key, constant in decoded.op.inputs.items():
-            constant.op.weight_id = f"{name}.{key}"
-        return decoded
+        count = len(next(iter(stored.values())))
+        # A table serves several rows: of its array each of them takes a part.
+        parts = {
+            key: part[rows.start * len(part) // count : rows.stop * len(part) // count] for key, part in stored.items()
+        }
+        constant = decoded(parts, name=name)
+        for key, part in constant.op.inputs.items():
+            part.op.weight_id = f"{name}.{key}"
+        return constant
 
     def gains(self, weight: Weight) -> MilVar:
         """float32 [2C]: of a norm over [x, -x]."""
@@ -138,10 +145,10 @@ class _Constants:
         return self._arrays[name]
 
     def _shaped(self, name: str) -> Any:
-        """float32 [C] of a vector; of a matrix codes and scales, or floats, with the kernel's [1, 1] behind."""
+        """float32 [C] of a vector; of a matrix ``code_arrays``, or floats, with the kernel's [1, 1] behind."""
         stored = self._store[name]
-        if isinstance(stored, QuantizedTensor):
-            return tuple(part[:, :, None, None] for part in code_arrays(name, stored))
+        if not isinstance(stored, Tensor):
+            return code_arrays(name, stored, kernel=True)
         values = stored.numpy()
         return values if values.ndim == 1 else values[:, :, None, None]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from exporter.errors import InputError
 from exporter.model.graph import Graph, Node
-from exporter.spec import EMBEDDING, FINAL_NORM, HEAD, ModelSpec, WeightScheme
+from exporter.spec import EMBEDDING, FINAL_NORM, HEAD, TABLE_ROWS, TABLE_VALUES, ModelSpec, Precision, WeightScheme
 
 PACKAGE_BYTES = 1_000_000_000
 """What the weights of one package may take. Packages above a gigabyte are reported not to load on a phone, and to fall
@@ -84,15 +84,18 @@ def part_bytes(spec: ModelSpec, scheme: WeightScheme, part: Part) -> int:
 
 
 def stored_bytes(spec: ModelSpec, scheme: WeightScheme, name: str) -> int:
-    """Of one weight in a package: codes and float16 scales, float16, or the float32 gains of a norm over [x, -x]."""
+    """Of one weight in a package: codes with float16 scales or tables, float16, or the float32 gains of a norm over
+    [x, -x]."""
     shape = spec.weights()[name]
     if len(shape) == 1:
         return 2 * 4 * shape[0]
     precision = scheme.precision(name)
     if not precision.bits:
         return 2 * math.prod(shape)
-    groups = shape[1] // scheme.groups(name, columns=shape[1])
-    return math.prod(shape) * precision.bits // 8 + 2 * shape[0] * groups
+    codes = math.prod(shape) * precision.bits // 8
+    if precision is Precision.LUT4:
+        return codes + 2 * TABLE_VALUES * shape[0] // TABLE_ROWS
+    return codes + 2 * shape[0] * (shape[1] // scheme.groups(name, columns=shape[1]))
 
 
 def _weights_of(spec: ModelSpec, layers: range) -> Iterator[str]:

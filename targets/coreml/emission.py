@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from exporter.errors import ExportError, LoweringError
-from exporter.quantized import QuantizedTensor
+from exporter.quantized import CodedTensor, PalettizedTensor
+from exporter.spec import TABLE_VALUES
 from targets.coreml.toolchain import mb, quiet, types, without_progress_bars
 
 _NEARLY_FULL_BYTES = 1 << 20
@@ -72,9 +73,18 @@ def _mapped(error: Exception, path: Path) -> Exception:
     )
 
 
-def code_arrays(name: str, stored: QuantizedTensor) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Codes [N, K] in MIL's own int4 or int8, and float16 scales [N, K / g]. Raises LoweringError for scales that
-    float16 cannot hold."""
+def code_arrays(name: str, stored: CodedTensor, *, kernel: bool = False) -> dict[str, NDArray[Any]]:
+    """The arguments of ``decoded`` for a weight [N, K], or [N, K, 1, 1] as the ``kernel`` of a 1x1 convolution: codes
+    in MIL's own int4 or int8 and float16 scales [N, K / g]; or indices in its uint4 and tables [N / 8, 1, 16, 1].
+    Raises LoweringError for scales that float16 cannot hold."""
+    behind = (1, 1) if kernel else ()
+    if isinstance(stored, PalettizedTensor):
+        indices = stored.codes.numpy().astype(types.nptype_from_builtin(types.uint4))
+        tables = stored.tables.to(torch.float16).numpy()
+        return {
+            "indices": indices.reshape(*stored.shape, *behind),
+            "lut": tables.reshape(len(tables), 1, *behind, TABLE_VALUES, 1),
+        }
     scales = stored.scales.to(torch.float16)
     if not torch.equal(scales.float(), stored.scales):
         raise LoweringError(
@@ -82,7 +92,15 @@ def code_arrays(name: str, stored: QuantizedTensor) -> tuple[NDArray[Any], NDArr
             hint="take --precision fp32 for this model, or another target",
         )
     codes = stored.codes.numpy()
-    return codes.astype(types.nptype_from_builtin(types.int4)) if stored.bits == 4 else codes, scales.numpy()
+    if stored.bits == 4:
+        codes = codes.astype(types.nptype_from_builtin(types.int4))
+    return {"data": codes.reshape(*codes.shape, *behind), "scale": scales.numpy().reshape(*scales.shape, *behind)}
+
+
+def decoded(arrays: Mapping[str, NDArray[Any]], *, name: str) -> MilVar:
+    """The constant that ``code_arrays`` stand for, called ``name``, decoded where it is read."""
+    decoder = mb.constexpr_lut_to_dense if "lut" in arrays else mb.constexpr_blockwise_shift_scale
+    return decoder(**arrays, name=name)
 
 
 def dtype_of(x: MilVar) -> str:

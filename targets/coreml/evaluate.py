@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exporter.errors import LoweringError
-from targets.coreml.package import QUANTIZED, MilType, Package
+from targets.coreml.package import CODED, TABLED, MilType, Package
 
 KEEP_BYTES = 2 << 30
 """Decoded constants kept between calls, up to this size; what does not fit is decoded again at each call."""
@@ -95,7 +95,7 @@ class Evaluator:
         self._constants: dict[str, Any] = {}
         self._operations: list[Any] = []
         for operation in self._package.operations:
-            if operation.type in ("const", QUANTIZED):
+            if operation.type in ("const", *CODED):
                 self._constants[operation.outputs[0].name] = operation
             else:
                 self._operations.append(operation)
@@ -170,16 +170,16 @@ class Evaluator:
         return self._kept.values[key]
 
     def _decode(self, operation: Any) -> Any:
-        if operation.type == QUANTIZED:
+        if operation.type in CODED:
             return self._decompressed(operation, self._parts(operation), whole=True)
         value = self._package.constant(operation.attributes["val"])
         return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def _rows(self, operation: Any) -> Rows:
         """Of a constant matrix of floats or codes."""
-        if operation.type == QUANTIZED:
+        if operation.type in CODED:
             parts = self._parts(operation)
-            shape = tuple(parts["data"].shape)
+            shape = tuple(parts["indices" if operation.type == TABLED else "data"].shape)
             if shape != _static_shape(operation.outputs[0].type.tensorType):
                 raise _wrong_shape(list(shape), operation.outputs[0])
 
@@ -196,13 +196,21 @@ class Evaluator:
         return Rows(shape=shape, decode=decode)
 
     def _parts(self, operation: Any) -> dict[str, Tensor]:
-        """The arguments of ``decompress``, as they are stored."""
-        return {key: self._package.constant(a.arguments[0].value) for key, a in operation.inputs.items()}
+        """The arguments of ``decompress`` as they are stored, or of ``look_up`` with a table for each row."""
+        parts = {key: self._package.constant(a.arguments[0].value) for key, a in operation.inputs.items()}
+        if operation.type == TABLED:
+            rows, tables = len(parts["indices"]), len(parts["lut"])
+            if rows % tables:
+                raise _fault(
+                    f"constant {operation.outputs[0].name} has {rows} rows, which {tables} tables do not divide"
+                )
+            parts["lut"] = parts["lut"].repeat_interleave(rows // tables, dim=0)
+        return parts
 
     def _decompressed(self, operation: Any, parts: Mapping[str, Tensor], *, whole: bool) -> Tensor:
         declared = operation.outputs[0]
         try:
-            decoded = decompress(**parts)
+            decoded = (look_up if operation.type == TABLED else decompress)(**parts)
         except (TypeError, ValueError, RuntimeError) as error:
             raise _fault(f"constant {declared.name} cannot be decompressed: {error}") from error
         return self._checked(decoded, declared, moved=False) if whole else self._rounded(decoded, declared)
@@ -233,6 +241,15 @@ def decompress(*, data: Tensor, scale: Tensor) -> Tensor:
     codes = data.float().view([size for pair in zip(scale.shape, blocks, strict=True) for size in pair])
     scales = scale.float().view([size for count in scale.shape for size in (count, 1)])
     return codes.mul_(scales).view(data.shape)
+
+
+def look_up(*, indices: Tensor, lut: Tensor) -> Tensor:
+    """``constexpr_lut_to_dense``: of indices int8 [N, K, ...] what the float16 table of their row has there; tables are
+    [N, 1, ..., V, 1], with one value for an index."""
+    rows, values = len(indices), lut.shape[-2]
+    if tuple(lut.shape) != (rows, *[1] * (indices.dim() - 1), values, 1):
+        raise ValueError(f"tables {list(lut.shape)} do not go with the rows of indices {list(indices.shape)}")
+    return lut.float().view(rows, values).gather(1, indices.flatten(1).long()).view(indices.shape)
 
 
 def _elementwise(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -411,7 +428,7 @@ def _refuse_what_core_ml_would(package: Package) -> None:
     """Raises LoweringError for an op outside the table, and for one that mixes float types: no MIL op converts them."""
     floats = {value.name: value.type.tensorType.dataType for value in package.inputs if not _is_state(value)}
     for operation in package.operations:
-        if operation.type not in ("const", QUANTIZED, *OPS):
+        if operation.type not in ("const", *CODED, *OPS):
             raise _fault(f"MIL op {_describe(operation)} is not one that the evaluator knows: {', '.join(OPS)}")
         floats |= {value.name: value.type.tensorType.dataType for value in operation.outputs}
         if operation.type == "gather" and any(floats.get(name) in _NARROW for name in _names(operation)):

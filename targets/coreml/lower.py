@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from exporter.model.graph import Constant, Graph, Weight, cache_names
 from exporter.model.rope import rope_table
-from exporter.quantized import QuantizedTensor
 from exporter.spec import FINAL_NORM, Logits, Plan
 from exporter.store import StoredWeight, WeightStore
 from targets.coreml.emission import (
@@ -29,6 +29,7 @@ from targets.coreml.emission import (
     cast,
     code_arrays,
     conversion,
+    decoded,
     dtype_of,
     refuse_unknown_attention,
     sizes_of,
@@ -216,7 +217,6 @@ class _Emitter:
 
 
 def _constant(name: str, stored: StoredWeight) -> MilVar:
-    if not isinstance(stored, QuantizedTensor):
+    if isinstance(stored, Tensor):
         return mb.const(val=stored.numpy(), name=mil_name(name))
-    codes, scales = code_arrays(name, stored)
-    return mb.constexpr_blockwise_shift_scale(data=codes, scale=scales, name=mil_name(name))
+    return decoded(code_arrays(name, stored), name=mil_name(name))

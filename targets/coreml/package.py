@@ -16,7 +16,7 @@ from torch import Tensor
 
 from exporter.errors import InputError, LoweringError
 from exporter.files import sha256
-from exporter.quantized import QuantizedTensor
+from exporter.quantized import CodedTensor, PalettizedTensor, QuantizedTensor
 from exporter.spec import Artifact, ModelSpec
 from exporter.store import StoredWeight
 from targets.coreml.blob import WeightFile
@@ -31,8 +31,9 @@ _NAMESPACE = uuid.UUID("6f1d3a54-6c0b-4a86-9d0e-0d9a3f6f5c11")
 """Of this format, for the identifiers in a manifest: any fixed one does."""
 
 MilType = MIL_pb2.DataType
-QUANTIZED = "constexpr_blockwise_shift_scale"
-"""The only op by which our packages store codes."""
+SCALED, TABLED = "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense"
+CODED = (SCALED, TABLED)
+"""The ops by which our packages store codes."""
 
 
 def mil_name(name: str) -> str:
@@ -126,14 +127,14 @@ def _weight_operations(package: Package, spec: ModelSpec) -> dict[str, list[Any]
     names = {mil_name(name): name for name in spec.weights()}
     found: dict[str, dict[int, Any]] = {}
     for operation in package.operations:
-        if operation.type not in (QUANTIZED, "const"):
+        if operation.type not in (*CODED, "const"):
             continue
         called = operation.outputs[0].name
         block = _BLOCK.fullmatch(called)
         name = names.get(block[1] if block else called)
         if name:
             found.setdefault(name, {})[int(block[2]) if block else 0] = operation
-        elif operation.type == QUANTIZED:
+        elif operation.type in CODED:
             raise LoweringError(
                 f"{package.path} stores {called} as codes, which is no weight of the model",
                 hint="make the artifact again",
@@ -142,8 +143,8 @@ def _weight_operations(package: Package, spec: ModelSpec) -> dict[str, list[Any]
 
 
 def _weight(name: str, operation: Any, package: Package, spec: ModelSpec) -> StoredWeight:
-    if operation.type == QUANTIZED:
-        return _quantized(name, operation, package)
+    if operation.type in CODED:
+        return _coded(name, operation, package)
     return _in_shape(package.constant(operation.attributes["val"]), spec.weights()[name])
 
 
@@ -153,18 +154,29 @@ def _joined(blocks: list[StoredWeight]) -> StoredWeight:
     if len(blocks) == 1:
         return first
     if isinstance(first, QuantizedTensor):
-        codes = [block for block in blocks if isinstance(block, QuantizedTensor)]
-        return replace(
-            first,
-            codes=torch.cat([block.codes for block in codes]),
-            scales=torch.cat([block.scales for block in codes]),
-        )
+        scaled = [block for block in blocks if isinstance(block, QuantizedTensor)]
+        codes, scales = ([getattr(block, part) for block in scaled] for part in ("codes", "scales"))
+        return replace(first, codes=torch.cat(codes), scales=torch.cat(scales))
+    if isinstance(first, PalettizedTensor):
+        tabled = [block for block in blocks if isinstance(block, PalettizedTensor)]
+        codes, tables = ([getattr(block, part) for block in tabled] for part in ("codes", "tables"))
+        return replace(first, codes=torch.cat(codes), tables=torch.cat(tables))
     return torch.cat([block for block in blocks if isinstance(block, Tensor)])
 
 
-def _quantized(name: str, operation: Any, package: Package) -> QuantizedTensor:
-    data, scale = (operation.inputs[key].arguments[0].value for key in ("data", "scale"))
-    codes, scales = (package.constant(part).flatten(1) for part in (data, scale))  # of a convolution: [N, K, 1, 1]
+def _coded(name: str, operation: Any, package: Package) -> CodedTensor:
+    """Raises LoweringError for tables that are not as ours."""
+    arguments = {key: argument.arguments[0].value for key, argument in operation.inputs.items()}
+    parts = {key: package.constant(value) for key, value in arguments.items()}
+    if operation.type == TABLED:
+        try:
+            return PalettizedTensor(
+                name=name, codes=parts["indices"].flatten(1), tables=parts["lut"].float().flatten(1)
+            )
+        except ValueError as error:
+            raise LoweringError(f"{package.path}: {error}", hint="make the artifact again") from error
+    codes, scales = (parts[key].flatten(1) for key in ("data", "scale"))  # of a convolution: [N, K, 1, 1]
+    data = arguments["data"]
     return QuantizedTensor(
         name=name,
         bits=4 if data.type.tensorType.dataType == MilType.INT4 else 8,

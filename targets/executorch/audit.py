@@ -9,7 +9,7 @@ from contextlib import closing
 from exporter.errors import LoweringError
 from exporter.quantized import QuantizedTensor
 from exporter.spec import Artifact, Report, Verdict
-from exporter.store import StoredWeight
+from exporter.store import PlainWeight, StoredWeight, plain
 from targets.executorch import border
 from targets.executorch.delegations import Delegation
 
@@ -98,14 +98,14 @@ def _faults(anatomy: Anatomy, artifact: Artifact, delegation: Delegation) -> Ite
         yield "a constant is not finite"
     try:
         for name, weight in named(artifact, anatomy.uses):
-            wanted, found = artifact.scheme.precision(name), _precision(weight)
+            wanted, found = artifact.scheme.precision(name), _precision(plain(weight))
             if len(weight.shape) == 2 and found != wanted:
                 yield f"{name} is stored as {found}, {wanted} was asked for"
     except LoweringError as error:
         yield str(error)
 
 
-def _precision(weight: StoredWeight) -> str:
+def _precision(weight: PlainWeight) -> str:
     if isinstance(weight, QuantizedTensor):
         return f"int{weight.bits}"
     return {2: "fp16", 4: "fp32"}.get(weight.dtype.itemsize, str(weight.dtype))

@@ -20,7 +20,7 @@ from exporter.model.graph import Graph
 from exporter.model.reference import Weights
 from exporter.quantized import QuantizedTensor
 from exporter.spec import Logits
-from exporter.store import StoredWeight
+from exporter.store import PlainWeight
 from targets.executorch import border
 from targets.executorch.delegations import Delegation
 from targets.executorch.metadata import describe
@@ -127,12 +127,12 @@ class Recipe:
 
 
 def _coreml_form(dtype: torch.dtype) -> Form:
-    def linear(weight: StoredWeight) -> nn.Module:
+    def linear(weight: PlainWeight) -> nn.Module:
         if isinstance(weight, QuantizedTensor):
             return AffineLinear(weight, dtype=dtype, zeros=False)
         return FloatLinear(weight)
 
-    def embedding(table: StoredWeight) -> nn.Module:
+    def embedding(table: PlainWeight) -> nn.Module:
         if isinstance(table, QuantizedTensor):
             return AffineEmbedding(table, dtype=dtype, zeros=False)
         return embedding_module(table)
@@ -156,7 +156,7 @@ def _coreml_partitioners() -> list[Any]:
 
 
 def _vulkan_form(_dtype: torch.dtype) -> Form:
-    def linear(weight: StoredWeight) -> nn.Module:
+    def linear(weight: PlainWeight) -> nn.Module:
         if not isinstance(weight, QuantizedTensor):
             return FloatLinear(weight)
         if weight.group_size == weight.shape[1]:
@@ -173,7 +173,7 @@ def _vulkan_partitioners() -> list[Any]:
 
 
 def _float_form(_dtype: torch.dtype) -> Form:
-    def linear(weight: StoredWeight) -> nn.Module:
+    def linear(weight: PlainWeight) -> nn.Module:
         assert isinstance(weight, Tensor)  # the delegation takes no codes
         return FloatLinear(weight)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exporter.quantized import QuantizedTensor
-from exporter.store import StoredWeight
+from exporter.store import PlainWeight
 
 
 class FloatLinear(nn.Module):
@@ -43,7 +43,7 @@ class CodesLinear(nn.Module):
         return rows.unsqueeze(0)
 
 
-def linear_module(weight: StoredWeight) -> nn.Module:
+def linear_module(weight: PlainWeight) -> nn.Module:
     return CodesLinear(weight) if isinstance(weight, QuantizedTensor) else FloatLinear(weight)
 
 

@@ -24,7 +24,7 @@ from exporter.model.graph import Constant, Graph, Table, Weight
 from exporter.model.reference import Weights
 from exporter.quantized import QuantizedTensor
 from exporter.spec import FINAL_NORM, Logits, Precision
-from exporter.store import StoredWeight
+from exporter.store import StoredWeight, plain
 from targets.executorch import border
 from targets.executorch.metadata import describe
 
@@ -131,11 +131,11 @@ class Walk:
 
     def _embedding(self, ids: Wire, weight: Weight) -> Wire:
         rows = Wire((1, self._context, weight.shape[1]))
-        self._steps.append(Step(embedding_module(self._weights[weight.name]), (ids,), (rows,)))
+        self._steps.append(Step(embedding_module(plain(self._weights[weight.name])), (ids,), (rows,)))
         return rows
 
     def _linear(self, x: Wire, weight: Weight) -> Wire:
-        return self._segment.linear(x, name=weight.name, weight=self._matrices[weight.name])
+        return self._segment.linear(x, name=weight.name, weight=plain(self._matrices[weight.name]))
 
     def _rms_norm(self, x: Wire, weight: Weight, eps: float) -> Wire:
         if weight.name == FINAL_NORM and self._logits is Logits.LAST:

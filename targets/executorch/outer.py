@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from exporter.model.rope import rope_table
 from exporter.quantized import QuantizedTensor, pack_int4
-from exporter.store import StoredWeight
+from exporter.store import PlainWeight
 from targets.executorch.xnnpack import NIBBLE_OFFSET, Wire
 
 
@@ -88,7 +88,7 @@ class Int4Embedding(nn.Module):
         return rows
 
 
-def embedding_module(table: StoredWeight) -> nn.Module:
+def embedding_module(table: PlainWeight) -> nn.Module:
     if isinstance(table, QuantizedTensor):
         return Int8Embedding(table) if table.bits == 8 else Int4Embedding(table)
     return FloatEmbedding(table)

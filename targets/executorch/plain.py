@@ -24,7 +24,7 @@ from exporter.model.graph import Constant, Graph, Node, Table, Value, Weight
 from exporter.model.reference import Weights
 from exporter.model.rope import rope_table, rotate
 from exporter.spec import FINAL_NORM, Logits
-from exporter.store import StoredWeight
+from exporter.store import PlainWeight, StoredWeight, plain
 
 MASKED = -1e4
 """Added to the score of a key that is not to be seen. Its share then is exactly 0 in float32 and in float16, and it is
@@ -35,9 +35,9 @@ a number that every backend can hold: -inf is none in JSON, which Vulkan's seria
 class Form:
     """What a backend wants written in its own way."""
 
-    embedding: Callable[[StoredWeight], nn.Module]
+    embedding: Callable[[PlainWeight], nn.Module]
     """Of a table: ids int64 [1, T] -> float32 [1, T, H]."""
-    linear: Callable[[StoredWeight], nn.Module]
+    linear: Callable[[PlainWeight], nn.Module]
     """Of a matrix: x float32 [1, T, K] -> float32 [1, T, N]."""
     attention: type[Attention]
     dtype: torch.dtype = torch.float32
@@ -68,9 +68,9 @@ class Decoder(nn.Module):
         for node in graph.nodes:
             match node.op:
                 case "embedding":
-                    self._add("embedding", node, lambda w: form.embedding(weights[w.name]))
+                    self._add("embedding", node, lambda w: form.embedding(plain(weights[w.name])))
                 case "linear":
-                    self._add("linear", node, lambda w: form.linear(weights[w.name]))
+                    self._add("linear", node, lambda w: form.linear(plain(weights[w.name])))
                 case "rms_norm":
                     eps = float(node.arguments[2])  # type: ignore[arg-type]  # VOCABULARY: x, weight, eps
                     self._add("rms_norm", node, partial(_norm, weights, eps=eps))

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from exporter.errors import LoweringError
 from exporter.quantized import QuantizedTensor, pack_int4
-from exporter.store import StoredWeight
+from exporter.store import PlainWeight
 
 CODES, SCALES, ROW_SCALES = ".codes", ".scales", ".row_scales"
 """What follows a weight's name in the named data; a float weight lies under the bare name. ``ROW_SCALES`` are those of
@@ -92,7 +92,7 @@ class Segment:
         self._constants = [xnn.ConstantDataOffset(0, 0)]  # buffer 0 means: not a constant
         self._data = NamedDataStore()
 
-    def linear(self, x: Wire, *, name: str, weight: StoredWeight) -> Wire:
+    def linear(self, x: Wire, *, name: str, weight: PlainWeight) -> Wire:
         """``x`` [1, T, K] times the transpose of ``weight`` [N, K]."""
         if isinstance(weight, QuantizedTensor):
             source, kernel = self._rounded(x, kernel=_codes_datatype(weight)), self._codes(weight)

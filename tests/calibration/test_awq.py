@@ -142,8 +142,15 @@ def output_loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
     return ((error @ hessian.double()) * error).sum().item()
 
 
+def factors_for(weights: list[Tensor], hessian: Tensor, *, bits: int = 4, group_size: int = 32) -> Tensor:
+    def rounded(rows: Tensor) -> Tensor:
+        return round_to_nearest(rows, name="", bits=bits, group_size=group_size).dequantize()
+
+    return awq_factors(weights, hessian, rounded=rounded)
+
+
 def awq_loss(weight: Tensor, hessian: Tensor, *, bits: int = 4, group_size: int = 32) -> float:
-    factors = awq_factors([weight], hessian, bits=bits, group_size=group_size)
+    factors = factors_for([weight], hessian, bits=bits, group_size=group_size)
     tensor = round_to_nearest(weight * factors, name="w", bits=bits, group_size=group_size)
     return output_loss(weight, tensor.dequantize() / factors, hessian)
 
@@ -174,7 +181,7 @@ def test_channels_whose_scale_was_moved_to_the_input_are_moved_back(bits: int, g
 def test_factors_have_a_geometric_mean_of_one_and_grow_with_the_input() -> None:
     weight, x = random(64, 128, seed=2) * 0.05, random(512, 128, seed=3)
     x[:, :4] *= 30
-    factors = awq_factors([weight], x.T @ x / len(x), bits=4, group_size=32)
+    factors = factors_for([weight], x.T @ x / len(x))
     assert factors.log().mean().abs() < 1e-5
     assert factors[:4].min() > 1.5 * factors[4:].max()
 
@@ -209,8 +216,8 @@ def test_all_linears_of_a_group_are_weighed_together() -> None:
             output_loss(w, r.dequantize() / factors, hessian) for w, r in zip((one, other), rounded, strict=True)
         )
 
-    alone = [awq_factors([weight], hessian, bits=4, group_size=32) for weight in (one, other)]
-    together = loss(awq_factors([one, other], hessian, bits=4, group_size=32))
+    alone = [factors_for([weight], hessian) for weight in (one, other)]
+    together = loss(factors_for([one, other], hessian))
     assert all(together <= loss(factors) * (1 + 1e-5) for factors in alone)
     assert together < 0.95 * max(loss(factors) for factors in alone)
 
@@ -226,7 +233,7 @@ def test_weights_that_are_exact_as_they_are_keep_factors_of_one() -> None:
     codes = torch.randint(-7, 8, (32, 64), generator=torch.Generator().manual_seed(9))
     codes[:, ::32] = 7
     x = random(256, 64, seed=10) * torch.linspace(0.1, 3.0, 64)
-    factors = awq_factors([codes / 64], x.T @ x / len(x), bits=4, group_size=32)
+    factors = factors_for([codes / 64], x.T @ x / len(x))
     assert torch.allclose(factors, torch.ones(64))
 
 
@@ -234,11 +241,11 @@ def test_silent_channels_get_finite_factors() -> None:
     weight, x = random(48, 64, seed=11), random(256, 64, seed=12)
     weight[:, 3], x[:, 5] = 0, 0
     weight[:, 7], x[:, 7] = 0, 0
-    factors = awq_factors([weight], x.T @ x / len(x), bits=4, group_size=32)
+    factors = factors_for([weight], x.T @ x / len(x))
     assert torch.isfinite(factors).all()
     assert (factors > 0).all()
-    assert torch.isfinite(awq_factors([weight], torch.zeros(64, 64), bits=4, group_size=32)).all()
-    assert torch.isfinite(awq_factors([torch.zeros(48, 64)], x.T @ x, bits=4, group_size=32)).all()
+    assert torch.isfinite(factors_for([weight], torch.zeros(64, 64))).all()
+    assert torch.isfinite(factors_for([torch.zeros(48, 64)], x.T @ x)).all()
 
 
 def test_a_silent_channel_does_not_keep_others_from_their_factors() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.gptq import BLOCK, _choose_again, _refit_scales, _round_by_columns, factor, gptq
+from calibration.gptq import BLOCK, _choose_again, _refit_scales, _round_by_columns, _Scaled, factor, gptq
 from calibration.rtn import _SHRINK_LEAST, _SHRINK_STEPS, round_to_nearest, search_scales, to_scale_grid
 from exporter.errors import InputError
 from exporter.quantized import CODE_RANGE, SMALLEST_SCALE
@@ -102,7 +102,7 @@ def test_codes_are_those_of_the_papers_algorithm_in_float64(
     scales = search_scales(weight, bits=bits, group_size=group_size)
     expected = textbook_gptq(weight, scales, damped(hessian), order=order_of(hessian, act_order=act_order), bits=bits)
     curvature = factor(hessian.clone(), damping=DAMPING, act_order=act_order)
-    codes = _round_by_columns(weight, scales, curvature, bits=bits, group_size=group_size)
+    codes = _round_by_columns(weight, _Scaled(scales, bits=bits, columns=weight.shape[1]), curvature)
     clear = expected.margins > 1e-4
     assert clear.float().mean() > 0.8
     assert columns > BLOCK
@@ -146,7 +146,7 @@ def test_a_channel_that_was_always_zero_is_rounded_by_itself_and_changes_no_othe
     hessian, weight = second_moment(x), random_weight(columns=96)
     scales = search_scales(weight, bits=4, group_size=32)
     curvature = factor(hessian.clone(), damping=DAMPING, act_order=act_order)
-    codes = _round_by_columns(weight, scales, curvature, bits=4, group_size=32).double()
+    codes = _round_by_columns(weight, _Scaled(scales, bits=4, columns=weight.shape[1]), curvature).double()
     by_column = scales.repeat_interleave(32, dim=1)
     assert torch.equal(codes[:, dead], (weight / by_column)[:, dead].round().clamp(-8, 7).double())
     kept = torch.tensor(alive)
@@ -161,7 +161,7 @@ def test_inputs_of_nothing_but_zeros_give_the_codes_of_rounding() -> None:
     weight = random_weight(columns=64)
     scales = search_scales(weight, bits=4, group_size=32)
     curvature = factor(torch.zeros(64, 64), damping=DAMPING, act_order=True)
-    codes = _round_by_columns(weight, scales, curvature, bits=4, group_size=32)
+    codes = _round_by_columns(weight, _Scaled(scales, bits=4, columns=weight.shape[1]), curvature)
     assert torch.equal(codes.to(torch.int8), round_to_nearest(weight, name="w", bits=4, group_size=32).codes)
 
 
@@ -230,7 +230,7 @@ def test_the_loss_lies_between_rounding_and_the_best_of_all_codes_and_nearer_to_
         scales = to_scale_grid(torch.full((24, 1), step))
         hessian = second_moment(correlated_inputs(columns=columns, seed=200 + 10 * seed, tokens=64))
         curvature = factor(hessian.clone(), damping=DAMPING, act_order=act_order)
-        codes = _round_by_columns(weight, scales, curvature, bits=4, group_size=columns)
+        codes = _round_by_columns(weight, _Scaled(scales, bits=4, columns=weight.shape[1]), curvature)
         assert reach.start <= codes.min() <= codes.max() < reach.stop
         best = best_loss(weight, scales, damped(hessian), reach=reach)
         found = losses(weight, decode(codes, scales), damped(hessian))
@@ -304,7 +304,7 @@ def test_inputs_without_correlation_give_the_codes_of_rounding(
     weight = random_weight(columns=columns)
     curvature = factor(torch.eye(columns), damping=DAMPING, act_order=act_order)
     scales = search_scales(weight, bits=bits, group_size=group_size)
-    codes = _round_by_columns(weight, scales, curvature, bits=bits, group_size=group_size)
+    codes = _round_by_columns(weight, _Scaled(scales, bits=bits, columns=weight.shape[1]), curvature)
     assert torch.equal(codes.to(torch.int8), round_to_nearest(weight, name="w", bits=bits, group_size=group_size).codes)
 
 
@@ -324,11 +324,11 @@ def test_choosing_codes_again_worsens_no_row_and_ends_where_no_single_code_is_be
         error = weight.double() - codes.double() * wide
         return ((error @ hessian) * error).sum(dim=1)
 
-    codes = _round_by_columns(weight, scales, curvature, bits=bits, group_size=group_size)
+    codes = _round_by_columns(weight, _Scaled(scales, bits=bits, columns=weight.shape[1]), curvature)
     first = losses(codes)
     for _ in range(30):
         before = losses(codes)
-        codes = _choose_again(weight, codes, scales, curvature, bits=bits, group_size=group_size)
+        codes = _choose_again(weight, codes, _Scaled(scales, bits=bits, columns=weight.shape[1]), curvature)
         assert (losses(codes) <= before * (1 + 1e-4)).all()
     assert losses(codes).sum() < first.sum()
     gradient = (weight.double() - codes.double() * wide) @ hessian
@@ -354,7 +354,7 @@ def test_refitted_scales_worsen_no_row_and_come_near_the_least_squares(
     curvature = factor(hessian.clone(), damping=DAMPING, act_order=True)
     weight = random_weight(columns=columns)
     scales = search_scales(weight, bits=bits, group_size=group_size)
-    codes = _round_by_columns(weight, scales, curvature, bits=bits, group_size=group_size)
+    codes = _round_by_columns(weight, _Scaled(scales, bits=bits, columns=weight.shape[1]), curvature)
     start = to_scale_grid(scales * off_by)
     fitted = _refit_scales(weight, codes, start, curvature.hessian)
     assert torch.equal(fitted, fitted.bfloat16().float())
@@ -430,7 +430,7 @@ def test_a_group_whose_inputs_are_next_to_silent_keeps_its_scale() -> None:
     x[:, 32:64] *= 1e-6
     curvature = factor(second_moment(x), damping=1e-6, act_order=True)
     scales = search_scales(weight, bits=4, group_size=32)
-    codes = _round_by_columns(weight, scales, curvature, bits=4, group_size=32)
+    codes = _round_by_columns(weight, _Scaled(scales, bits=4, columns=weight.shape[1]), curvature)
     fitted = _refit_scales(weight, codes, scales, curvature.hessian)
     assert (fitted[:, [0, 2]] != scales[:, [0, 2]]).float().mean() > 0.5
     assert torch.allclose(fitted[:, 1], scales[:, 1], rtol=0.02)

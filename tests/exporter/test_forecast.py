@@ -104,6 +104,18 @@ def test_a_longer_context_costs_its_cache() -> None:
     assert long.memory_bytes - short.memory_bytes == 2048 * 2 * 32 * 8 * 128 * 4
 
 
+@pytest.mark.parametrize("label", targets.LABELS)
+def test_the_cache_is_counted_as_the_target_keeps_it(label: str) -> None:
+    """Keys and values of 2,048 positions in the dtype of the target's own arithmetic."""
+    spec = spec_of(SHAPES["1b"])
+    scheme = replace(INT4, body=Precision.INT8)
+    _, *_, cache = footprint(label, spec, scheme, context=2048).parts
+    kept_as = targets.load(label).arithmetic(scheme).kv_dtype
+    numbers = 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * 2048
+    assert cache.size_bytes == numbers * {"fp32": 4, "fp16": 2}[kept_as]
+    assert (kept_as == "fp16") == (label in ("coreml", "coreml-ane", "executorch-coreml", "onnxruntime-qnn"))
+
+
 def test_prefill_preferred_has_a_scale_for_each_row() -> None:
     spec, scheme = spec_of(SHAPES["1b"]), replace(INT4, body=Precision.INT8)
     sizes = [

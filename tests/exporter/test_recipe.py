@@ -30,6 +30,7 @@ CHOICES: dict[str, Choices] = {
     },
     "budget": {"target": "coreml", "budget_mb": 2.25, "logits": "all", "eval_text": "held-out.txt"},
     "divergence": {"target": "coreml", "max_kl": 0.01, "method": "awq"},
+    "palettes on a system": {"target": "coreml-ane", "precision": "lut4", "os": "ios18"},
     "int8, smoothed": {"target": "executorch", "precision": "int8", "method": "smoothquant"},
 }
 
@@ -85,7 +86,7 @@ def test_a_run_from_a_recipe_is_what_its_resolved_recipe_gives_again(tmp_path: P
     ("content", "says"),
     [
         ("target = ", "is no TOML"),
-        ("targets = 'coreml'", "targets is unknown; known: extends, target, backend, device, precision"),
+        ("targets = 'coreml'", "targets is unknown; known: extends, target, backend, device, os, precision"),
         ("context = '64'", "context is '64', integer was expected"),
         ("context = true", "context is True, integer was expected"),
         ("damping = 'high'", "damping is 'high', number was expected"),

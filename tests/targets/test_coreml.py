@@ -26,7 +26,7 @@ from exporter.metrics import kl_divergence
 from exporter.model.graph import Graph, Node
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace
-from exporter.quantized import QuantizedTensor
+from exporter.quantized import PalettizedTensor, QuantizedTensor
 from exporter.spec import (
     EMBEDDING,
     PER_ROW,
@@ -39,7 +39,7 @@ from exporter.spec import (
     Sampling,
     WeightScheme,
 )
-from exporter.store import WeightStore
+from exporter.store import StoredWeight, WeightStore
 from targets import load
 from targets.base import Runner
 from targets.coreml import COMPUTE_UNITS
@@ -140,6 +140,7 @@ SCHEMES = {
     "fp32": scheme_of("fp32"),
     "int4 between fp32 ends": scheme_of("int4", ends="fp32"),
     "fp32 between int8 ends": scheme_of("fp32", ends="int8"),
+    "lut4 throughout": scheme_of("lut4"),
     "int4 per row throughout": scheme_of("int4", group_size=PER_ROW),
     "int4, int8 in places": scheme_of("int4", ends="int8", rules=dict.fromkeys(UNLIKE_TWINS, "int8")),
     "int8, int4 in places": scheme_of("int8", rules=dict.fromkeys(UNLIKE_TWINS, "int4")),
@@ -255,12 +256,16 @@ def test_weights_lie_in_the_file_bit_for_bit(artifacts: Artifacts, toy: str, sch
         assert_same_weight(found[name], exported.store[name])
 
 
-def assert_same_weight(found: QuantizedTensor | Tensor, wanted: QuantizedTensor | Tensor) -> None:
+def assert_same_weight(found: StoredWeight, wanted: StoredWeight) -> None:
     if isinstance(wanted, QuantizedTensor):
         assert isinstance(found, QuantizedTensor)
         assert (found.name, found.bits, found.group_size) == (wanted.name, wanted.bits, wanted.group_size)
         assert torch.equal(found.codes, wanted.codes)
         assert torch.equal(found.scales, wanted.scales)
+    elif isinstance(wanted, PalettizedTensor):
+        assert isinstance(found, PalettizedTensor)
+        assert torch.equal(found.codes, wanted.codes)
+        assert torch.equal(found.tables, wanted.tables)
     else:
         assert isinstance(found, Tensor)
         assert found.dtype == wanted.dtype

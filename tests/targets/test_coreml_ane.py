@@ -47,7 +47,7 @@ from exporter.spec import (
 from exporter.store import WeightStore
 from targets import load
 from targets.coreml import ane_parts
-from targets.coreml.ane import SYSTEMS, AneTarget, packages_of, refuse_system
+from targets.coreml.ane import AneTarget, packages_of
 from tests.conftest import write_toy
 
 TARGET = AneTarget()
@@ -72,6 +72,8 @@ SCHEMES = {
     "int4": scheme_of("int4", ends="int8"),
     "int4 throughout": scheme_of("int4"),
     "fp16": scheme_of("fp16"),
+    "lut4": scheme_of("lut4", ends="int8"),
+    "lut4 throughout": scheme_of("lut4"),
     "int8, int4 in places": scheme_of("int8", rules={"layers.0.self_attn.q_proj": "int4"}),
 }
 
@@ -194,7 +196,7 @@ def test_package_holds_the_codes_and_computes_the_graph(artifacts: Artifacts, to
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["int8", "int4", "lut4"])
 def test_trained_sample_goes_through_the_command(precision: str, tmp_path: Path) -> None:
     """int4 per row, rounded to nearest, is beyond what quality allows: proofs of the artifact pass all the same."""
     words = ["-t", "coreml", "--backend", "ane", "--precision", precision, "--group-size", "row", "-c", "160"]
@@ -310,6 +312,22 @@ def test_codes_that_one_function_alone_reads_elsewhere_are_seen(int8: Exported, 
     broken = tampered(int8, tmp_path, read_the_keys_for_the_values, functions=(function,))
     assert broken.codes().verdict is Verdict.FAILED
     assert broken.codes().figures["wrong"] == ["model.layers.0.self_attn.v_proj.weight"]
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("part", ["indices", "lut"])
+def test_an_index_and_a_value_of_a_table_are_seen(artifacts: Artifacts, part: str, tmp_path: Path) -> None:
+    """Layer 1 is given what layer 0 has."""
+
+    def take_those_of_another_layer(operations: Any) -> None:
+        palettes = {o.outputs[0].name: o for o in operations if o.type == "constexpr_lut_to_dense"}
+        first, second = (palettes[f"model_layers_{layer}_self_attn_q_proj_weight"] for layer in (0, 1))
+        second.inputs[part].CopyFrom(first.inputs[part])
+
+    broken = tampered(artifacts("tied, grouped queries", "lut4"), tmp_path, take_those_of_another_layer)
+    assert broken.codes().verdict is Verdict.FAILED
+    assert broken.codes().figures["wrong"] == ["model.layers.1.self_attn.q_proj.weight"]
+    assert broken.parity().verdict is Verdict.FAILED
 
 
 @pytest.mark.toolchain
@@ -509,7 +527,7 @@ def test_packages_keep_the_limit_and_cut_no_layer(gqa: Checkpoint) -> None:
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize(("scheme", "limit"), [("int8", 1_000_000), ("fp16", 60_000)])
+@pytest.mark.parametrize(("scheme", "limit"), [("int8", 1_000_000), ("lut4 throughout", 1_000_000), ("fp16", 60_000)])
 def test_a_head_of_many_rows_is_multiplied_in_blocks(
     toys: dict[str, Checkpoint], scheme: str, limit: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -736,28 +754,3 @@ def test_what_it_can_do_is_not_refused(gqa: Checkpoint, scheme: str) -> None:
     plan = plan_for(gqa, gqa.folder, SCHEMES[scheme])
     assert TARGET.refuse(gqa.spec, plan) is None
     assert "--prefer prefill" in (TARGET.refuse(gqa.spec, dataclasses.replace(plan, prefer=Prefer.PREFILL)) or "")
-
-
-def test_only_systems_with_states_and_functions_run_it() -> None:
-    assert [system.ios for system in SYSTEMS if refuse_system(system.ios) is None] == [18]
-    assert refuse_system(26) is None
-    assert "iOS 17 has not a cache that the model keeps and not several functions" in (refuse_system(17) or "")
-    assert "runs no ML Program with compressed weights" in (refuse_system(15) or "")
-
-
-@pytest.mark.toolchain
-def test_the_table_of_systems_is_that_of_the_op_sets() -> None:
-    """The oldest op set of coremltools that has the op."""
-    from targets.coreml.toolchain import quiet
-
-    with quiet():
-        from coremltools.converters.mil.mil.ops.defs import iOS16, iOS18
-
-    assert hasattr(iOS16, "constexpr_affine_dequantize")
-    assert hasattr(iOS16, "constexpr_lut_to_dense")
-    assert not hasattr(iOS16, "constexpr_blockwise_shift_scale")
-    assert hasattr(iOS18, "constexpr_blockwise_shift_scale")
-    assert hasattr(iOS18, "read_state")
-    old, _, new = SYSTEMS
-    assert (old.ios, old.int8_per_row, old.palettes, old.int4, old.states) == (16, True, True, False, False)
-    assert (new.ios, new.int8_per_row, new.palettes, new.int4, new.states) == (18, True, True, True, True)

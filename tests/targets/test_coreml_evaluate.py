@@ -15,7 +15,7 @@ from torch import Tensor
 
 from exporter.errors import InputError, LoweringError
 from exporter.quantized import pack_int4
-from targets.coreml.evaluate import OPS, Evaluator, Rounding, Rows, State, decompress
+from targets.coreml.evaluate import OPS, Evaluator, Rounding, Rows, State, decompress, look_up
 from targets.coreml.toolchain import Model_pb2, ct, get_new_symbol, mb, quiet, types, without_progress_bars
 
 pytestmark = pytest.mark.toolchain
@@ -254,6 +254,31 @@ def test_codes_are_decompressed_bit_for_bit_as_coremltools_does(
 
     in_a_program(emit)
     assert torch.equal(decompress(data=codes, scale=scales).half(), torch.from_numpy(wanted[0]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tables", "kernel"), [(16, 24, 2, False), (8, 5, 1, False), (32, 8, 4, True)]
+)
+def test_palettes_are_looked_up_as_coremltools_does(rows: int, columns: int, tables: int, kernel: bool) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    behind = (1, 1) if kernel else ()
+    indices = torch.randint(0, 16, (rows, columns, *behind), generator=generator).to(torch.int8)
+    lut = torch.randn(tables, 1, *behind, 16, 1, generator=generator).half()
+    wanted: list[np.ndarray] = []
+
+    def emit() -> None:
+        data = indices.numpy().astype(types.nptype_from_builtin(types.uint4))
+        variable = mb.constexpr_lut_to_dense(indices=data, lut=lut.numpy())
+        wanted.append(variable.op.materialized_val_inference())
+
+    in_a_program(emit)
+    by_row = lut.repeat_interleave(rows // tables, dim=0)
+    assert torch.equal(look_up(indices=indices, lut=by_row).half(), torch.from_numpy(wanted[0]))
+
+
+def test_tables_of_another_form_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"tables \[4, 2, 16, 1\] do not go with the rows of indices \[4, 6\]"):
+        look_up(indices=torch.zeros(4, 6, dtype=torch.int8), lut=torch.zeros(4, 2, 16, 1))
 
 
 def test_scales_that_do_not_divide_the_codes_are_refused() -> None:

@@ -71,7 +71,7 @@ def test_the_cache_takes_a_third() -> None:
 def test_a_runtime_without_such_a_cache_is_named(target: str, tmp_path: Path) -> None:
     result = run("-t", target, "--kv-cache", "int8", "-o", tmp_path / "out", "--calibration", "none")
     assert result.exit_code == 2
-    assert f"target {target} has no cache of int8; those that have: executorch" in result.stderr
+    assert f"target {target}: it has no cache of int8; those that have: executorch" in result.stderr
     result = run("-t", "executorch", "--kv-cache", "int4", "-o", tmp_path / "out")
     assert "--kv-cache int4 is unknown; known: int8" in result.stderr
 
