@@ -169,7 +169,7 @@ def _ranges_of_ends(graph: Graph, streams: _Streams) -> dict[str, Range]:
     head = graph.head
     (norm,) = (node for node in graph.nodes if Value(node.name) == head.arguments[0])
     (hidden,) = (value for value in norm.arguments if isinstance(value, Value))
-    reference = Reference(graph, _Original(streams.store.checkpoint), FULL_PRECISION, keep_bytes=0)
+    reference = Reference(graph, streams.store.checkpoint, FULL_PRECISION, keep_bytes=0)
     observer = RangeObserver()
     count, length, _ = streams.lossy.shape
     for window in streams.lossy[: min(count, math.ceil(ENDS_TOKENS / length))]:
@@ -177,16 +177,6 @@ def _ranges_of_ends(graph: Graph, streams: _Streams) -> dict[str, Range]:
         observer.observe(norm.name, normed)
         observer.observe(head.name, reference.head(normed))
     return observer.ranges()
-
-
-@dataclass(frozen=True, slots=True)
-class _Original:
-    """The weights of a checkpoint as they are, by name."""
-
-    checkpoint: Checkpoint
-
-    def __getitem__(self, name: str, /) -> Tensor:
-        return self.checkpoint.read(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,7 +73,7 @@ from exporter.spec import (
     Verdict,
     WeightScheme,
 )
-from exporter.store import StoredWeight, StoreKey, WeightStore
+from exporter.store import StoreKey, WeightStore
 from exporter.texts import Texts, as_recorded, check_recorded, read_texts
 from exporter.tokenizer import Tokenizer
 from targets.base import Target, arithmetic_for
@@ -493,7 +493,7 @@ def _quality_by_target(chosen: Mapping[str, Target], material: Material, *, prog
     passes, layers = len(chosen) + 1, count(1)
     return measure_quality(
         evaluation_windows(material.texts.evaluation, bos=graph.spec.bos_token_id, context=material.plan.context),
-        truth=Reference(graph, _Original(checkpoint), FULL_PRECISION, keep_bytes=0),
+        truth=Reference(graph, checkpoint, FULL_PRECISION, keep_bytes=0),
         candidates={
             label: Reference(graph, store, arithmetic_for(target, material.plan), keep_bytes=0)
             for label, target in chosen.items()
@@ -501,16 +501,6 @@ def _quality_by_target(chosen: Mapping[str, Target], material: Material, *, prog
         budget_nats=material.plan.max_kl_nats or MEAN_KL_NATS[store.scheme.body],
         on_layer=lambda: progress.advance(next(layers), passes * graph.spec.num_hidden_layers),
     )
-
-
-class _Original:
-    """The weights of a checkpoint as they lie there, mapped: the reference turns them into float32 as it needs them."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-
-    def __getitem__(self, name: str, /) -> StoredWeight:
-        return self._checkpoint.read(name)
 
 
 def _check_source(manifest: Mapping[str, Any], checkpoint: Checkpoint, *, bundle: Path) -> None:

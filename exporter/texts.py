@@ -119,7 +119,7 @@ def _self_written(
         progress.stage("the model writes the text to calibrate with")
         return write_windows(
             graph,
-            _AsStored(checkpoint),
+            checkpoint,
             windows=sampling.windows,
             length=sampling.window_length,
             seed=sampling.seed,
@@ -131,14 +131,6 @@ def _self_written(
     return CalibrationText(
         identity=f"written by the model: {shape}, seed {sampling.seed}", source="written by the model", windows=write
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _AsStored:
-    checkpoint: Checkpoint
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.checkpoint.read(name)
 
 
 def _refuse_long_windows(sampling: Sampling, spec: ModelSpec) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self
 
 from torch import Tensor
 
@@ -14,40 +15,6 @@ from exporter.errors import InputError
 from exporter.model.graph import Graph, Value
 from exporter.spec import Arithmetic, Artifact, ModelSpec, Plan, Prefer, Report, WeightScheme
 from exporter.store import StoredWeight, WeightStore
-
-
-def check_feed(ids: Sequence[int], *, position: int, artifact: Artifact) -> None:
-    """Raises InputError for tokens that do not fit the cache after ``position``, or are none of the vocabulary."""
-    if not ids or position + len(ids) > artifact.context:
-        raise InputError(
-            f"{len(ids)} tokens at position {position} do not fit a context of {artifact.context}",
-            hint="feed between 1 and the room that is left, rewind, or export with a larger --context",
-        )
-    strange = [token for token in ids if not 0 <= token < artifact.spec.vocab_size]
-    if strange:
-        raise InputError(
-            f"token {strange[0]} is outside the vocabulary of {artifact.spec.vocab_size}",
-            hint="tokenize with the tokenizer of this model",
-        )
-
-
-def check_rewind(position: int, *, current: int) -> None:
-    """Raises InputError for a position that is not in the cache."""
-    if not 0 <= position <= current:
-        raise InputError(
-            f"cannot rewind to position {position}: the cache holds {current} tokens",
-            hint="rewind to a position that has been fed",
-        )
-
-
-def one_by_one(runner: Runner, ids: Sequence[int]) -> Tensor:
-    """``feed_each`` for a runner that lives in this process."""
-    steps_s: list[float] = []
-    for token in ids:
-        logits = runner.feed([token])
-        steps_s += runner.steps_s
-    runner.steps_s = steps_s
-    return logits
 
 
 class Runner(Protocol):
@@ -78,6 +45,64 @@ class Runner(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class BaseRunner(Runner):
+    """A runner that never looks at what lies in the cache beyond its position, so that rewinding is a matter of the
+    position alone. A subclass sets ``load_s``, and with each ``feed`` moves the position and sets ``steps_s``."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._position = 0
+        self.steps_s: Sequence[float] = ()
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    @abstractmethod
+    def feed(self, ids: Sequence[int]) -> Tensor: ...
+
+    def feed_each(self, ids: Sequence[int]) -> Tensor:
+        """For a runner that lives in this process."""
+        steps_s: list[float] = []
+        for token in ids:
+            logits = self.feed([token])
+            steps_s += self.steps_s
+        self.steps_s = steps_s
+        return logits
+
+    def rewind(self, position: int) -> None:
+        if not 0 <= position <= self._position:
+            raise InputError(
+                f"cannot rewind to position {position}: the cache holds {self._position} tokens",
+                hint="rewind to a position that has been fed",
+            )
+        self._position = position
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_feed(self, ids: Sequence[int]) -> None:
+        """Raises InputError for tokens that do not fit the rest of the cache, or are none of the vocabulary."""
+        artifact = self._artifact
+        if not ids or self._position + len(ids) > artifact.context:
+            raise InputError(
+                f"{len(ids)} tokens at position {self._position} do not fit a context of {artifact.context}",
+                hint="feed between 1 and the room that is left, rewind, or export with a larger --context",
+            )
+        strange = [token for token in ids if not 0 <= token < artifact.spec.vocab_size]
+        if strange:
+            raise InputError(
+                f"token {strange[0]} is outside the vocabulary of {artifact.spec.vocab_size}",
+                hint="tokenize with the tokenizer of this model",
+            )
 
 
 def arithmetic_for(target: Target, plan: Plan) -> Arithmetic:

@@ -32,6 +32,10 @@ class Checkpoint:
         """The tensor called ``name``, in the dtype and shape in which it is stored. Raises InputError."""
         return self.tensors[name].read()
 
+    def __getitem__(self, name: str, /) -> Tensor:
+        """As ``read``: like a store, a checkpoint is weights by name."""
+        return self.read(name)
+
     @cached_property
     def sha256(self) -> str:
         """Hex digest of what defines the model: the names and contents of config.json and of every weight file."""

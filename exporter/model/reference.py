@@ -34,7 +34,7 @@ tokens, blocks four times smaller took half as long again, and whole matrices no
 
 
 class Weights(Protocol):
-    """Whatever answers for the tensors of a model by name: a WeightStore, or a dict of them."""
+    """Whatever answers for the tensors of a model by name: a WeightStore, a Checkpoint, or a dict of them."""
 
     def __getitem__(self, name: str, /) -> StoredWeight: ...
 

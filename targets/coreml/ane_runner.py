@@ -13,7 +13,7 @@ from torch import Tensor
 
 from exporter.errors import HostError
 from exporter.spec import Artifact, Logits
-from targets.base import check_feed, check_rewind, one_by_one
+from targets.base import BaseRunner
 from targets.coreml.ane_lower import DECODE, HIDDEN, NEXT_HIDDEN, PREFILL
 from targets.coreml.evaluate import Evaluator, Kept, Rounding
 from targets.coreml.package import Package
@@ -76,7 +76,7 @@ def input_names(package: Package) -> list[str]:
     return [value.name for value in package.inputs if value.type.WhichOneof("type") == "tensorType"]
 
 
-class AneRunner:
+class AneRunner(BaseRunner):
     """One model in ``packages``, in the order in which they run, with one key-value cache. ``load`` gives their
     functions, with empty caches.
 
@@ -85,21 +85,15 @@ class AneRunner:
     """
 
     def __init__(self, artifact: Artifact, packages: Sequence[Path], load: Callable[[], Functions]) -> None:
-        self._artifact = artifact
+        super().__init__(artifact)
         self._length = prefill_length(packages[0])
-        self._position = 0
         started = time.perf_counter()
         self._functions: Functions | None = load()
         self.load_s = time.perf_counter() - started
-        self.steps_s: Sequence[float] = ()
-
-    @property
-    def position(self) -> int:
-        return self._position
 
     def feed(self, ids: Sequence[int]) -> Tensor:
         assert self._functions is not None, "the runner is closed"
-        check_feed(ids, position=self._position, artifact=self._artifact)
+        self._check_feed(ids)
         started = time.perf_counter()
         logits = []
         for call in calls_for(ids, self._position, length=self._length, context=self._artifact.context):
@@ -112,21 +106,8 @@ class AneRunner:
         self.steps_s = (time.perf_counter() - started,)
         return logits[-1] if self._artifact.logits is Logits.LAST else torch.cat(logits)
 
-    def feed_each(self, ids: Sequence[int]) -> Tensor:
-        return one_by_one(self, ids)
-
-    def rewind(self, position: int) -> None:
-        check_rewind(position, current=self._position)
-        self._position = position
-
     def close(self) -> None:
         self._functions = None
-
-    def __enter__(self) -> AneRunner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exporter.errors import HostError
 from exporter.spec import Artifact
-from targets.base import check_feed, check_rewind, one_by_one
+from targets.base import BaseRunner
 from targets.coreml.evaluate import Evaluator, Rounding
 from targets.coreml.toolchain import ct, quiet
 
@@ -40,7 +40,7 @@ def run_with_core_ml(path: Path, *, compute_units: str) -> Predict:
     return predict
 
 
-class CoreMLRunner:
+class CoreMLRunner(BaseRunner):
     """One package with one key-value cache. ``load`` gives the function that predicts, with an empty cache.
 
     What lies in the cache beyond the current position is never looked at: the mask ends there, and the next call
@@ -48,20 +48,14 @@ class CoreMLRunner:
     """
 
     def __init__(self, artifact: Artifact, load: Callable[[], Predict]) -> None:
-        self._artifact = artifact
-        self._position = 0
+        super().__init__(artifact)
         started = time.perf_counter()
         self._predict: Predict | None = load()
         self.load_s = time.perf_counter() - started
-        self.steps_s: Sequence[float] = ()
-
-    @property
-    def position(self) -> int:
-        return self._position
 
     def feed(self, ids: Sequence[int]) -> Tensor:
         assert self._predict is not None, "the runner is closed"
-        check_feed(ids, position=self._position, artifact=self._artifact)
+        self._check_feed(ids)
         end = self._position + len(ids)
         tokens = torch.tensor([list(ids)], dtype=torch.int32)
         mask = causal_mask(self._position, end)
@@ -71,21 +65,8 @@ class CoreMLRunner:
         self._position = end
         return logits[0].float()
 
-    def feed_each(self, ids: Sequence[int]) -> Tensor:
-        return one_by_one(self, ids)
-
-    def rewind(self, position: int) -> None:
-        check_rewind(position, current=self._position)
-        self._position = position
-
     def close(self) -> None:
         self._predict = None
-
-    def __enter__(self) -> CoreMLRunner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def causal_mask(position: int, end: int) -> Tensor:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Sequence
 from multiprocessing import Pipe
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from exporter.errors import CapacityError, ExportError, LoweringError, MissingToolError
 from exporter.spec import Artifact, Logits
-from targets.base import check_feed, check_rewind
+from targets.base import BaseRunner
 from targets.executorch.border import INSTALL, installed_version
 
 _NATIVE_LINE = re.compile(r"^\[(?P<source>\w+)\.cpp:\d+\] (?P<message>.+)")
@@ -33,7 +32,7 @@ not have; the two pools then wait for each other's cores (2 cores: 4,000 decoded
 _END_TIMEOUT_S = 10
 
 
-class ProgramRunner:
+class ProgramRunner(BaseRunner):
     """One loaded program with one key-value cache; a worker process holds it.
 
     ``longest``: the tokens that the program takes in one call at most, where that is not its whole context; more are
@@ -42,14 +41,10 @@ class ProgramRunner:
     CapacityError where the system ended the worker.
     """
 
-    load_s: float
-    steps_s: Sequence[float]
-
     def __init__(self, artifact: Artifact, *, threads: int, longest: int | None = None) -> None:
         installed_version()
-        self._artifact = artifact
+        super().__init__(artifact)
         self._longest = longest or artifact.context
-        self._position = 0
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed in close)
         self._log_read = 0
         self._connection, worker_end = Pipe()
@@ -76,12 +71,8 @@ class ProgramRunner:
         """Of the worker process."""
         return self._process.pid
 
-    @property
-    def position(self) -> int:
-        return self._position
-
     def feed(self, ids: Sequence[int]) -> Tensor:
-        check_feed(ids, position=self._position, artifact=self._artifact)
+        self._check_feed(ids)
         pieces = [list(ids[first : first + self._longest]) for first in range(0, len(ids), self._longest)]
         if self._artifact.logits is Logits.LAST:
             return self._call(pieces, ids)[0][0]
@@ -101,7 +92,7 @@ class ProgramRunner:
         return self._call([[token] for token in ids], ids)[0][0]
 
     def _call(self, calls: list[list[int]], ids: Sequence[int]) -> list[Tensor]:
-        check_feed(ids, position=self._position, artifact=self._artifact)
+        self._check_feed(ids)
         self._log_read = self._log_size()
         try:
             self._connection.send((calls, self._position))
@@ -122,10 +113,6 @@ class ProgramRunner:
         self._position += len(ids)
         return outputs
 
-    def rewind(self, position: int) -> None:
-        check_rewind(position, current=self._position)
-        self._position = position
-
     def close(self) -> None:
         self._connection.close()  # the worker ends when it sees that
         try:
@@ -134,14 +121,6 @@ class ProgramRunner:
             self._process.kill()
             self._process.wait()
         self._log.close()
-
-    def __enter__(self) -> ProgramRunner:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _fail(self, verb: str, error: Exception) -> NoReturn:
         """The worker is gone: end what is left of it and say why."""

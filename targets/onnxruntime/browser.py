@@ -5,28 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from exporter.spec import Artifact
-from targets.base import check_feed, check_rewind
+from targets.base import BaseRunner
 from targets.onnxruntime.chromium import SOFTWARE_GPU, Chromium
 
 _PLACED = re.compile(r"[Nn]odes?(\(s\))? placed on \[(?P<provider>\w+)\]")
 _NODE = re.compile(r"VerifyEachNodeIsAssignedToAnEp\] +(?P<op>\w+) \((?P<name>\S+)\)")
 
 
-class BrowserRunner:
+class BrowserRunner(BaseRunner):
     """One session in a worker of the browser, with one key-value cache that stays there.
 
     ``provider``: ``wasm`` or ``webgpu``; ``threads`` are WebAssembly's. ``model``: the serialized graph to run in place
     of the file's, on the weights beside it. ``verbose``: keep what the runtime says on loading (``placement``).
     """
-
-    steps_s: Sequence[float]
 
     def __init__(
         self,
@@ -37,9 +34,7 @@ class BrowserRunner:
         model: bytes | None = None,
         verbose: bool = False,
     ) -> None:
-        self._artifact = artifact
-        self._position = 0
-        self.steps_s = ()
+        super().__init__(artifact)
         weights = external_data(artifact.path)
         files: dict[str, bytes | Path] = {"model": model if model is not None else artifact.path}
         if weights:
@@ -61,10 +56,6 @@ class BrowserRunner:
             self.close()
             raise
         self.load_s: float = self.told["load_s"]
-
-    @property
-    def position(self) -> int:
-        return self._position
 
     @property
     def gpu(self) -> dict[str, Any] | None:
@@ -94,26 +85,14 @@ class BrowserRunner:
         return self._call([[token] for token in ids], ids)
 
     def _call(self, calls: list[list[int]], ids: Sequence[int]) -> Tensor:
-        check_feed(ids, position=self._position, artifact=self._artifact)
+        self._check_feed(ids)
         told, content = self._browser.ask({"calls": calls, "position": self._position})
         self.steps_s = [milliseconds / 1000 for milliseconds in told["steps_ms"]]
         self._position += len(ids)
         return torch.frombuffer(bytearray(content), dtype=torch.float32).view(told["shape"])
 
-    def rewind(self, position: int) -> None:
-        check_rewind(position, current=self._position)
-        self._position = position
-
     def close(self) -> None:
         self._browser.close()
-
-    def __enter__(self) -> BrowserRunner:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def external_data(path: Path) -> Path | None:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from exporter.errors import LoweringError
 from exporter.spec import Artifact
-from targets.base import check_feed, check_rewind
+from targets.base import BaseRunner
 from targets.onnxruntime.fixed import MASKED, NEW, PAST
 
 ort.set_default_logger_severity(3)  # as in targets.onnxruntime.runner
@@ -137,19 +136,13 @@ def timed(
     return logits, steps_s
 
 
-class FixedRunner:
+class FixedRunner(BaseRunner):
     """One artifact of fixed graphs with one key-value cache, wherever its calls are run."""
 
     def __init__(self, artifact: Artifact, calls: Calls) -> None:
-        self._artifact = artifact
+        super().__init__(artifact)
         self._calls = calls
-        self._position = 0
         self.load_s = calls.load_s
-        self.steps_s: Sequence[float] = ()
-
-    @property
-    def position(self) -> int:
-        return self._position
 
     def feed(self, ids: Sequence[int]) -> Tensor:
         return self._run([list(ids)], ids)
@@ -158,25 +151,13 @@ class FixedRunner:
         return self._run([[token] for token in ids], ids)
 
     def _run(self, calls: Sequence[Sequence[int]], ids: Sequence[int]) -> Tensor:
-        check_feed(ids, position=self._position, artifact=self._artifact)
+        self._check_feed(ids)
         logits, self.steps_s = self._calls.run(calls, position=self._position)
         self._position += len(ids)
         return torch.from_numpy(logits)
 
-    def rewind(self, position: int) -> None:
-        check_rewind(position, current=self._position)
-        self._position = position
-
     def close(self) -> None:
         self._calls.close()
-
-    def __enter__(self) -> FixedRunner:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open_on_cpu(model: bytes, folder: Path, *, threads: int) -> Any:

@@ -6,7 +6,6 @@ import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from exporter.errors import LoweringError
 from exporter.spec import Artifact, Logits, Prefer
-from targets.base import check_feed, check_rewind, one_by_one
+from targets.base import BaseRunner
 
 if TYPE_CHECKING:
     import onnx
@@ -28,12 +27,12 @@ EXACT_PRODUCTS = "session.x64quantprecision"
 anyway (include/onnxruntime/core/session/onnxruntime_session_options_config_keys.h)."""
 
 
-class OnnxRuntimeRunner:
+class OnnxRuntimeRunner(BaseRunner):
     """One session with one cache of ``[1, KV, context, D]`` per layer for keys and for values, written in place."""
 
     def __init__(self, artifact: Artifact, *, threads: int, model: bytes | None = None) -> None:
         """``model``: the serialized graph to run in place of the file's, on the weights that lie beside it."""
-        self._artifact = artifact
+        super().__init__(artifact)
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         if artifact.prefer is Prefer.PREFILL and saturates():
@@ -50,8 +49,6 @@ class OnnxRuntimeRunner:
                 f"ONNX Runtime cannot load {artifact.path.name}: {error}", hint="export the model again"
             ) from error
         self.load_s = time.perf_counter() - started
-        self.steps_s: Sequence[float] = ()
-        self._position = 0
         spec = artifact.spec
         shape = (1, spec.num_key_value_heads, artifact.context, spec.head_dim)
         self._caches = {
@@ -60,12 +57,8 @@ class OnnxRuntimeRunner:
             for kind in ("key", "value")
         }
 
-    @property
-    def position(self) -> int:
-        return self._position
-
     def feed(self, ids: Sequence[int]) -> Tensor:
-        check_feed(ids, position=self._position, artifact=self._artifact)
+        self._check_feed(ids)
         total = self._position + len(ids)
         rows = 1 if self._artifact.logits is Logits.LAST else len(ids)
         logits = np.empty((1, rows, self._artifact.spec.vocab_size), dtype=np.float32)
@@ -85,23 +78,8 @@ class OnnxRuntimeRunner:
         self._position = total
         return torch.from_numpy(logits)[0]
 
-    def feed_each(self, ids: Sequence[int]) -> Tensor:
-        return one_by_one(self, ids)
-
-    def rewind(self, position: int) -> None:
-        check_rewind(position, current=self._position)
-        self._position = position
-
     def close(self) -> None:
         del self._session, self._caches
-
-    def __enter__(self) -> OnnxRuntimeRunner:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 @functools.cache
