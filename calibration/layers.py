@@ -158,9 +158,9 @@ def _calibrate(store: WeightStore, calibration: Calibration, *, ledger: Ledger, 
             observer = RangeObserver()
             with ledger.stage("forward", flops=2 * _flops(layer, [layer.output], windows.numel())):
                 streams.advance(layer, store, observe=observer.on_node)
-            store.write_ranges(index, ranges_to_json(observer.ranges()))
+            store.write_ranges(index, ranges_to_json(observer.ranges()), caches=observer.caches())
         with ledger.stage("forward"):
-            store.write_ranges(None, ranges_to_json(_ranges_of_ends(calibration.graph, streams)))
+            store.write_ranges(None, ranges_to_json(_ranges_of_ends(calibration.graph, streams)), caches={})
 
 
 def _ranges_of_ends(graph: Graph, streams: _Streams) -> dict[str, Range]:

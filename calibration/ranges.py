@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -63,6 +64,7 @@ class RangeObserver:
             raise ValueError(f"central is {central}, a share above 0 and up to 1 was expected")
         self._central = central
         self._histograms: dict[str, _Histogram] = {}
+        self._caches: dict[str, Tensor] = {}
 
     def observe(self, name: str, x: Tensor) -> None:
         """Count every value of ``x`` (floats of any shape) for the edge ``name``.
@@ -79,6 +81,7 @@ class RangeObserver:
         """
         self.observe(node.name, results[0])
         if node.op == "attention":
+            self._observe_caches(node.name, *results[1:])
             for edges in _edges_in_parts(*arguments):
                 self._observe_edges(node.name, edges)
 
@@ -86,10 +89,28 @@ class RangeObserver:
         """Add all that ``other`` has seen, as if it had been observed here."""
         for name, histogram in other._histograms.items():
             self._histograms.setdefault(name, _Histogram()).merge(histogram)
+        for name, largest in other._caches.items():
+            self._enlarge(name, largest)
 
     def ranges(self) -> dict[str, Range]:
         """By the name of the edge, in the order in which edges were first seen."""
         return {name: histogram.range(self._central) for name, histogram in self._histograms.items()}
+
+    def caches(self) -> dict[str, list[list[float]]]:
+        """``[KV, D]``: the largest magnitude of each channel that an attention has cached, by its name with ``.keys``
+        or ``.values`` behind it. Of keys both channels of a rotated pair have the length of the pair, which no position
+        changes: a text of any length is bounded by what a shorter one has shown."""
+        return {name: largest.tolist() for name, largest in self._caches.items()}
+
+    def _observe_caches(self, name: str, keys: Tensor, values: Tensor) -> None:
+        """``[B, KV, P + T, D]`` each."""
+        first, second = keys.float().chunk(2, dim=-1)  # exporter.model.rope pairs the halves
+        pairs = torch.hypot(first, second)
+        self._enlarge(f"{name}.keys", torch.cat([pairs, pairs], dim=-1).amax(dim=(0, 2)))
+        self._enlarge(f"{name}.values", values.float().abs().amax(dim=(0, 2)))
+
+    def _enlarge(self, name: str, largest: Tensor) -> None:
+        self._caches[name] = torch.maximum(self._caches[name], largest) if name in self._caches else largest
 
     def _observe_edges(self, name: str, edges: AttentionEdges) -> None:
         self.observe(f"{name}.q_rotated", edges.q_rotated)

@@ -127,7 +127,7 @@ KvCacheOption = Annotated[
     str | None,
     typer.Option(
         "--kv-cache",
-        help="int8: keys and values at a scale for each head of a token, in a third of the memory (executorch).",
+        help="int8: keys and values in a third of the memory (executorch), or a quarter (onnxruntime, calibrated).",
         show_default="floats",
     ),
 ]

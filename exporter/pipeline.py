@@ -322,7 +322,7 @@ def validate(
             context=artifact.context,
             logits=artifact.logits,
             prefer=artifact.prefer,
-            kv_cache=Precision.INT8 if artifact.arithmetic.kv_dtype == Precision.INT8 else None,
+            kv_cache=Precision.INT8 if artifact.arithmetic.kv_dtype in targets.INT8_CACHES.values() else None,
             recipe=recipe,
             sampling=sampling,
             corpus=corpus,

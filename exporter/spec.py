@@ -236,6 +236,10 @@ class Activations(StrEnum):
     quantized linear and on its output too (``exporter.model.static``; Hexagon's integer products)."""
 
 
+INT8_STATIC = "int8-static"
+"""A cache of symmetric int8 with a scale for each channel, the same for all tokens (``exporter.model.static``)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arithmetic:
     """What a target does with numbers apart from the codes; the reference computes the same way."""
@@ -245,7 +249,8 @@ class Arithmetic:
     """Where the head's input is rounded in another way than the body's."""
     compute_dtype: str
     kv_dtype: str
-    """Of keys and values in the cache: fp32, fp16, or int8 at a scale for each head of a token."""
+    """Of keys and values in the cache: fp32, fp16, ``int8`` at a scale and zero point for each head of a token, or
+    ``INT8_STATIC``."""
     dequantized_dtype: str = "fp32"
     """What code x scale is rounded to before it is used (Core ML: fp16)."""
 

@@ -26,7 +26,7 @@ from exporter.files import save_tensors, sha256, written_whole
 from exporter.quantized import CodedTensor, PalettizedTensor, QuantizedTensor, pack_int4, unpack_int4
 from exporter.spec import ModelSpec, Precision, Recipe, WeightScheme
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 PlainWeight = QuantizedTensor | Tensor
 """Codes and scales, a float16 or float32 matrix, or the float32 vector of a norm."""
@@ -149,18 +149,25 @@ class WeightStore:
     def ranges_file(self, layer: int | None) -> Path:
         return self.folder / ("ranges-ends.json" if layer is None else f"ranges-{layer:03d}.json")
 
-    def write_ranges(self, layer: int | None, ranges: Mapping[str, Any]) -> None:
-        """The ranges of the activations on each edge of a layer (``calibration.ranges``); None: of last norm and
-        head."""
+    def write_ranges(self, layer: int | None, ranges: Mapping[str, Any], *, caches: Mapping[str, Any]) -> None:
+        """The ranges of the activations on each edge of a layer and of its caches (``RangeObserver.ranges`` and
+        ``caches`` in ``calibration.ranges``); None: of last norm and head."""
         with written_whole(self.ranges_file(layer)) as path:
-            path.write_text(json.dumps(ranges, indent=1) + "\n", encoding="utf-8")
+            path.write_text(json.dumps({"edges": ranges, "caches": caches}, indent=1) + "\n", encoding="utf-8")
 
     def read_ranges(self) -> dict[str, Any]:
         """By the name of the edge, in the order of the graph; empty where no text was used."""
-        ranges: dict[str, Any] = {}
+        return self._read_ranges("edges")
+
+    def read_cache_ranges(self) -> dict[str, list[list[float]]]:
+        """``[KV, D]`` by the name of the cache, as ``RangeObserver.caches`` tells it; empty where no text was used."""
+        return self._read_ranges("caches")
+
+    def _read_ranges(self, kind: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         for path in sorted(self.folder.glob("ranges-*.json")):
-            ranges |= json.loads(path.read_text(encoding="utf-8"))
-        return ranges
+            found |= json.loads(path.read_text(encoding="utf-8"))[kind]
+        return found
 
     def write_summary(self, *, text_source: str) -> None:
         """``store.json``: what the codes beside it are and were calibrated with, and the error of each tensor; for

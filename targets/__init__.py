@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from exporter.errors import UsageError
-from exporter.spec import TABLE_ROWS, ModelSpec, Plan, Precision
+from exporter.spec import INT8_STATIC, TABLE_ROWS, ModelSpec, Plan, Precision
 
 if TYPE_CHECKING:
     from targets.base import Target
@@ -27,8 +27,8 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 
 NAMES = tuple(BACKENDS)
 
-INT8_CACHES = ("executorch",)
-"""Labels whose runtime can keep keys and values as int8."""
+INT8_CACHES = {"executorch": "int8", "onnxruntime": INT8_STATIC}
+"""Labels whose runtime can keep keys and values as int8, and the ``Arithmetic.kv_dtype`` that this is."""
 
 PALETTES = ("coreml", "coreml-ane")
 """Labels that take ``Precision.LUT4``."""
@@ -52,6 +52,8 @@ def refusal(name: str, served: Target, spec: ModelSpec, plan: Plan) -> str | Non
     """Why ``served``, behind the label ``name``, cannot carry out ``plan``, in one sentence; None if it can."""
     if plan.kv_cache and name not in INT8_CACHES:
         return f"it has no cache of {plan.kv_cache}; those that have: {', '.join(INT8_CACHES)}"
+    if plan.kv_cache and INT8_CACHES[name] == INT8_STATIC and not plan.recipe.method.needs_text:
+        return f"a cache of {plan.kv_cache} has scales here that a calibration text gives, and nothing is calibrated"
     palettes = {
         weight: shape[0]
         for weight, shape in spec.weights().items()

@@ -15,6 +15,7 @@ from exporter.errors import InputError
 from exporter.model.graph import Graph, Value
 from exporter.spec import Arithmetic, Artifact, ModelSpec, Plan, Prefer, Report, WeightScheme
 from exporter.store import StoredWeight, WeightStore
+from targets import INT8_CACHES, label
 
 
 class Runner(Protocol):
@@ -108,7 +109,9 @@ class BaseRunner(Runner):
 def arithmetic_for(target: Target, plan: Plan) -> Arithmetic:
     """What the runtime does with numbers in an artifact of this plan."""
     arithmetic = target.arithmetic(plan.scheme, plan.prefer)
-    return replace(arithmetic, kv_dtype=plan.kv_cache.value) if plan.kv_cache else arithmetic
+    if not plan.kv_cache:
+        return arithmetic
+    return replace(arithmetic, kv_dtype=INT8_CACHES[label(target.name, target.backend)])
 
 
 def make_artifact(target: Target, *, spec: ModelSpec, plan: Plan, path: Path) -> Artifact:

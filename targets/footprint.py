@@ -89,7 +89,8 @@ def footprint(
     shared = spec.tie_word_embeddings and label != "executorch"  # XNNPACK's delegates hold their weights themselves
     stored = read + vectors + (0 if shared else embedding.size_bytes)
     kept_as = kv_cache or Precision(targets.load(label).arithmetic(scheme, prefer).kv_dtype)
-    cache = _cache(spec, context=context, kept_as=kept_as)
+    by_token = kv_cache is Precision.INT8 and targets.INT8_CACHES.get(label) == Precision.INT8
+    cache = _cache(spec, context=context, kept_as=kept_as, by_token=by_token)
     prompt = min(PROMPT, context)
     parts = {
         ("onnxruntime", "cpu"): _onnxruntime,
@@ -146,9 +147,9 @@ def _as_integers(name: str, prefer: Prefer) -> bool:
     return prefer is Prefer.PREFILL and name not in (EMBEDDING, HEAD)
 
 
-def _cache(spec: ModelSpec, *, context: int, kept_as: Precision) -> Part:
-    """Of floats, or of int8 with a scale and a zero point for each head of a token."""
-    head = round(spec.head_dim * _BYTES[kept_as]) + (4 + 1 if kept_as is Precision.INT8 else 0)
+def _cache(spec: ModelSpec, *, context: int, kept_as: Precision, by_token: bool) -> Part:
+    """Of codes ``by_token`` each head has a float32 scale and an int8 zero point."""
+    head = round(spec.head_dim * _BYTES[kept_as]) + (4 + 1 if by_token else 0)
     size = 2 * spec.num_hidden_layers * spec.num_key_value_heads * head * context
     return Part(name=f"key-value cache, {context:,} positions", size_bytes=size)
 

@@ -27,14 +27,14 @@ def attend(
     window: int,
     chunk: int,
     *,
-    rounded: Callable[[Tensor], Tensor] | None = None,
+    rounded: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the op computes, of the same arguments. ``rounded``, where given, is what becomes of rotated queries, of
     rotated new keys and of new values ``[B, heads, T, D]`` before anything is done with them: a cache of few bits."""
     q, k, v = _split_heads(q, heads), _split_heads(k, kv_heads), _split_heads(v, kv_heads)
     q, k = _rotate(q, k, inv_freq, first=past_k.shape[2])
     if rounded:
-        q, k, v = rounded(q), rounded(k), rounded(v)
+        q, k, v = rounded(q, k, v)
     present_k = torch.cat([past_k, k], dim=2)  # [B, KV, P+T, D]
     present_v = torch.cat([past_v, v], dim=2)
     repeats = heads // kv_heads

@@ -17,8 +17,8 @@ from torch import Tensor
 from exporter.model.eager import eager_table
 from exporter.model.graph import Constant, Graph, Node, Table, Value, Weight, walk
 from exporter.model.ops import attend
-from exporter.model.static import LinearSteps, linear_steps
-from exporter.spec import SMALLEST_ABSMAX, Activations, Arithmetic, activation_block
+from exporter.model.static import LinearSteps, linear_steps, round_cached, with_static_caches
+from exporter.spec import INT8_STATIC, SMALLEST_ABSMAX, Activations, Arithmetic, activation_block
 from exporter.store import StoredWeight, WeightStore
 
 FULL_PRECISION = Arithmetic(activations=Activations.FLOAT, compute_dtype="fp32", kv_dtype="fp32")
@@ -48,8 +48,8 @@ class Reference:
     ``noise`` multiplies each output of a linear by 1 + noise * N(0, 1): how far the reference moves under it is the
     floor under which no artifact can be expected to agree (a flipped rounding of an activation is amplified).
 
-    Under ``Activations.STATIC_UINT16`` the weights must come from a store, which has the ranges. Raises InputError
-    where it has none.
+    Under ``Activations.STATIC_UINT16``, or with an ``INT8_STATIC`` cache, the weights must come from a store, which has
+    the ranges. Raises InputError where it has none.
     """
 
     def __init__(
@@ -61,6 +61,9 @@ class Reference:
         noise: float = 0.0,
         keep_bytes: int = KEEP_BYTES,
     ) -> None:
+        if arithmetic.kv_dtype == INT8_STATIC:
+            assert isinstance(weights, WeightStore)  # see above
+            graph = with_static_caches(graph, weights.read_cache_ranges())
         self._graph = graph
         self._weights = weights
         self._arithmetic = arithmetic
@@ -75,7 +78,10 @@ class Reference:
             self._steps = linear_steps(graph, weights.read_ranges())
         self._caches = self._empty_caches(1)
         table: Table = {**eager_table(self._vector, linear=self._linear), "embedding": self._embedding}
-        self._table = {**table, "attention": _attention_over_int8} if arithmetic.kv_dtype == "int8" else table
+        attentions = {"int8": _attention_over_int8, INT8_STATIC: _attention_over_static_int8}
+        if arithmetic.kv_dtype in attentions:
+            table = {**table, "attention": attentions[arithmetic.kv_dtype]}
+        self._table = table
 
     @property
     def position(self) -> int:
@@ -93,7 +99,8 @@ class Reference:
     @torch.no_grad()
     def compute(self, node: Node, values: Mapping[Value, Tensor]) -> tuple[Tensor, ...]:
         """The results of one op of the graph on ``values`` of somebody else; nothing is remembered."""
-        result = self._table[node.op](*(values[a] if isinstance(a, Value) else a for a in node.arguments))
+        (own,) = (one for one in self._graph.nodes if one.name == node.name)
+        result = self._table[own.op](*(values[a] if isinstance(a, Value) else a for a in own.arguments))
         return result if isinstance(result, tuple) else (result,)
 
     def rewind(self, position: int) -> None:
@@ -238,7 +245,24 @@ def _attention_over_int8(
     """Queries, keys and values at one scale and zero point for each head of a token, which ExecuTorch's
     ``llama::custom_quantized_sdpa`` takes apart from the codes; probabilities stay float32."""
     frequencies = inv_freq.value if inv_freq else None
-    return attend(q, k, v, past_k, past_v, frequencies, *sizes, rounded=_int8_per_token)
+
+    def rounded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _int8_per_token(q), _int8_per_token(k), _int8_per_token(v)
+
+    return attend(q, k, v, past_k, past_v, frequencies, *sizes, rounded=rounded)
+
+
+def _attention_over_static_int8(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, inv_freq: Constant | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The last two of ``rest`` are the scales of keys and of values (``with_static_caches``); queries stay float32."""
+    *sizes, key_scales, value_scales = rest
+    frequencies = inv_freq.value if inv_freq else None
+
+    def rounded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return q, round_cached(k, key_scales.value), round_cached(v, value_scales.value)
+
+    return attend(q, k, v, past_k, past_v, frequencies, *sizes, rounded=rounded)
 
 
 def round_activations(x: Tensor, activations: Activations, *, group_size: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from exporter.errors import ExportError, LoweringError
 from exporter.model.graph import Constant, Graph, Value, Weight, cache_names
 from exporter.model.rope import rope_table
+from exporter.model.static import with_static_caches
 from exporter.quantized import QuantizedTensor, pack_int4
 from exporter.spec import EMBEDDING, FINAL_NORM, HEAD, SMALLEST_ABSMAX, Logits, Plan, Prefer, activation_block
 from exporter.store import WeightStore
@@ -76,7 +77,8 @@ class Emitter:
     """How MatMulNBits is asked to multiply: 4 allows activations in int8, 0 asks for floats."""
 
     def __init__(self, graph: Graph, store: WeightStore, plan: Plan) -> None:
-        self._graph = graph
+        self._graph = with_static_caches(graph, store.read_cache_ranges()) if plan.kv_cache else graph
+        self._cached = INT8 if plan.kv_cache else FLOAT
         self._store = store
         self._plan = plan
         self._nodes: list[ir.Node] = []
@@ -93,7 +95,8 @@ class Emitter:
         past_shape = ("batch_size", spec.num_key_value_heads, "past_sequence_length", spec.head_dim)
         present_shape = ("batch_size", spec.num_key_value_heads, "total_sequence_length", spec.head_dim)
         past = {
-            f"past_{name}": _value(genai_name("past_key_values", name), FLOAT, past_shape) for name in _flat(caches)
+            f"past_{name}": _value(genai_name("past_key_values", name), self._cached, past_shape)
+            for name in _flat(caches)
         }
 
         self._attention_lengths = self._lengths(attention_mask)
@@ -107,7 +110,8 @@ class Emitter:
         presents = []
         for name in _flat(caches):
             present = outputs[f"present_{name}"]
-            present.name, present.dtype, present.shape = genai_name("present", name), FLOAT, ir.Shape(present_shape)
+            present.name, present.dtype = genai_name("present", name), self._cached
+            present.shape = ir.Shape(present_shape)
             presents.append(present)
         fuse_residual_norms(self._nodes)
         onnx_graph = ir.Graph(
@@ -251,17 +255,25 @@ class Emitter:
         scale: float,
         window: int,
         chunk: int,
+        key_scales: Constant | None = None,
+        value_scales: Constant | None = None,
     ) -> tuple[ir.Value, ...]:
-        """GroupQueryAttention takes ``q`` for all three where it gets no ``k`` and ``v``."""
+        """GroupQueryAttention takes ``q`` for all three where it gets no ``k`` and ``v``. Its cache is int8 where
+        scales are given (``exporter.model.static.with_static_caches``)."""
         if chunk:
             raise LoweringError(
                 f"GroupQueryAttention has no chunked attention (chunk {chunk})", hint="take another target"
             )
         assert self._attention_lengths is not None  # set before the walk
         tables = self._rope_tables(inv_freq) if inv_freq else (None, None)
+        scales: tuple[ir.Value | None, ...] = ()
+        kinds: dict[str, str | int] = {}
+        if key_scales and value_scales:
+            scales = (None, None, None, self._cache_scales(key_scales), self._cache_scales(value_scales))
+            kinds = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         return self._op(
             "GroupQueryAttention",
-            *(q, k, v, past_k, past_v, *self._attention_lengths, *tables),
+            *(q, k, v, past_k, past_v, *self._attention_lengths, *tables, *scales),
             domain=MICROSOFT,
             outputs=3,
             num_heads=heads,
@@ -269,7 +281,13 @@ class Emitter:
             scale=scale,
             do_rotary=int(inv_freq is not None),
             local_window_size=window or -1,
+            **kinds,
         )
+
+    def _cache_scales(self, scales: Constant) -> ir.Value:
+        """float32 ``[KV * D]``"""
+        flat = scales.value.flatten()
+        return self._initializer(scales.name, FLOAT, tuple(flat.shape), lambda: flat)
 
     def _lengths(self, attention_mask: ir.Value) -> tuple[ir.Value, ir.Value]:
         """What GroupQueryAttention wants to know: the index of each sequence's last token, and the longest length."""

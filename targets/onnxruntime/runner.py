@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ort.set_default_logger_severity(3)  # errors only: a warning about a node that runs on the CPU is no news here
 
+_CACHED = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
+
 EXACT_PRODUCTS = "session.x64quantprecision"
 """The setting under which a product of uint8 and int8 is exact on every x86, at the price of the speed where it was so
 anyway (include/onnxruntime/core/session/onnxruntime_session_options_config_keys.h)."""
@@ -51,8 +53,11 @@ class OnnxRuntimeRunner(BaseRunner):
         self.load_s = time.perf_counter() - started
         spec = artifact.spec
         shape = (1, spec.num_key_value_heads, artifact.context, spec.head_dim)
+        kept_as = {given.name: _CACHED[given.type] for given in self._session.get_inputs() if given.type in _CACHED}
         self._caches = {
-            (layer, kind): ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=np.float32))
+            (layer, kind): ort.OrtValue.ortvalue_from_numpy(
+                np.zeros(shape, dtype=kept_as[f"past_key_values.{layer}.{kind}"])
+            )
             for layer in range(spec.num_hidden_layers)
             for kind in ("key", "value")
         }
@@ -101,14 +106,22 @@ def saturates() -> bool:
 
 def without_activation_rounding(path: Path) -> bytes:
     """The graph in ``path`` with no activation rounded and nothing else changed: every MatMulNBits at accuracy_level 0,
-    every QuantizeLinear a division, and in place of each integer product one with the floats that the codes mean."""
+    every QuantizeLinear a division, in place of each integer product one with the floats that the codes mean, and a
+    cache of floats."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
     nodes = [changed for node in model.graph.node for changed in _unrounded(node)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.INT8:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
     return model.SerializeToString()
+
+
+_BEFORE_CACHE_SCALES = 9
+"""Inputs of a GroupQueryAttention up to the tables of the rotary embedding: all that ours has besides scales."""
 
 
 def _unrounded(node: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -121,6 +134,12 @@ def _unrounded(node: onnx.NodeProto) -> list[onnx.NodeProto]:
             for attribute in node.attribute:
                 if attribute.name == "accuracy_level":
                     attribute.i = 0
+            return [node]
+        case "GroupQueryAttention":
+            kept = [a for a in node.attribute if a.name not in ("k_quant_type", "v_quant_type", "kv_cache_bit_width")]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+            del node.input[_BEFORE_CACHE_SCALES:]
             return [node]
         case "QuantizeLinear":
             x, scales, _ = node.input  # [B * T, K], [B * T]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from calibration.ranges import Range, RangeObserver, ranges_from_json, ranges_to
 from exporter.checkpoint import open_checkpoint
 from exporter.errors import InputError
 from exporter.model.eager import eager_table
-from exporter.model.graph import Graph, Node, Value, Weight
+from exporter.model.graph import Constant, Graph, Node, Value, Weight
+from exporter.model.rope import rope_table, rotate
 from exporter.model.trace import trace
 from tests.conftest import Toy
 
@@ -233,3 +235,35 @@ def test_the_ranges_of_a_model_are_those_of_what_transformers_computes(make_toy:
         if node.op == "attention"
         for edge in ("q_rotated", "k_rotated", "scores", "probabilities")
     }
+
+
+def test_a_cache_is_bounded_wherever_its_text_begins(make_toy: Callable[..., Toy]) -> None:
+    """Keys turn with the position, the length of their pairs does not: a text at positions that calibration has not
+    seen stays within what it has seen at the first ones."""
+    toy = make_toy(num_hidden_layers=1)
+    checkpoint = open_checkpoint(toy.folder)
+    graph = trace(checkpoint.spec)
+    reference_table = eager_table(lambda weight: checkpoint.read(weight.name).float())
+    observer, keys = RangeObserver(), {}
+
+    def seen(node: Node, arguments: Sequence[Any], results: tuple[Any, ...]) -> None:
+        observer.on_node(node, arguments, results)
+        if node.op == "attention":
+            keys[node.name] = results[1:]
+
+    ids = torch.randint(0, 96, (1, 24), generator=torch.Generator().manual_seed(3))
+    empty = torch.zeros(1, checkpoint.spec.num_key_value_heads, 0, checkpoint.spec.head_dim)
+    graph.run(reference_table, {"ids": ids, "past_k.0": empty, "past_v.0": empty}, observe=seen)
+    ((name, (cached_keys, cached_values)),) = keys.items()
+    bounds = {kind: torch.tensor(found) for kind, found in observer.caches().items()}
+    assert set(bounds) == {f"{name}.keys", f"{name}.values"}
+    assert torch.equal(bounds[f"{name}.values"], cached_values.abs().amax(dim=(0, 2)))
+    (attention,) = (node for node in graph.nodes if node.op == "attention")
+    (inv_freq,) = (a for a in attention.arguments if isinstance(a, Constant))
+    for first in (1, 17, 400):
+        turned = rotate(cached_keys, *rope_table(inv_freq.value * first, first=1, count=1))  # further on by ``first``
+        assert not torch.allclose(turned, cached_keys)
+        assert (turned.abs().amax(dim=(0, 2)) <= bounds[f"{name}.keys"] * (1 + 1e-5)).all()
+    again = RangeObserver()
+    again.merge(observer)
+    assert again.caches() == observer.caches()

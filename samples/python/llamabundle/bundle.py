@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 SCHEMA = "llama-export/bundle/1"
 _COPY_AGAIN = "copy the bundle again"
+CACHES = {"fp32": np.float32, "int8-static": np.int8}
+"""By ``kv_dtype``, what keys and values are kept in."""
 _DTYPES = {"I64": "<i8", "I32": "<i4", "F32": "<f4"}
 
 
@@ -103,8 +105,8 @@ def _refuse(manifest: Any) -> None:
         raise BundleError(
             f"the bundle is for {manifest['target']}, this program runs onnxruntime: export with --target onnxruntime"
         )
-    if manifest["scheme"]["kv_dtype"] != "fp32":
-        raise BundleError(f"the cache of this bundle holds {manifest['scheme']['kv_dtype']}, this program keeps fp32")
+    if (kept_as := manifest["scheme"]["kv_dtype"]) not in CACHES:
+        raise BundleError(f"the cache of this bundle holds {kept_as}, this program keeps {' or '.join(CACHES)}")
 
 
 def _check(folder: Path, *, path: str, bytes: int, sha256: str) -> None:

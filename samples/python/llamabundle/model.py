@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from llamabundle.bundle import Bundle, BundleError
+from llamabundle.bundle import CACHES, Bundle, BundleError
 
 PROVIDER = "CPUExecutionProvider"
 
@@ -40,8 +40,9 @@ class Model:
             raise BundleError(f"ONNX Runtime {ort.__version__} does not load the model: {error}") from error
         self.load_s = time.perf_counter() - started
         shape = (1, spec["num_key_value_heads"], self._context, spec["head_dim"])
+        kept_as = CACHES[bundle.manifest["scheme"]["kv_dtype"]]
         self._caches = {
-            f"{layer}.{kind}": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=np.float32))
+            f"{layer}.{kind}": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=kept_as))
             for layer in range(spec["num_hidden_layers"])
             for kind in ("key", "value")
         }

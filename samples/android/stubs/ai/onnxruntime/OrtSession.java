@@ -11,6 +11,8 @@ public abstract class OrtSession implements AutoCloseable {
       RunOptions runOptions)
       throws OrtException;
 
+  public native Map<String, NodeInfo> getInputInfo() throws OrtException;
+
   @Override
   public native void close() throws OrtException;
 

@@ -3,6 +3,7 @@ package llamabundle.app
 import ai.onnxruntime.OnnxTensor
 import ai.onnxruntime.OrtEnvironment
 import ai.onnxruntime.OrtSession
+import ai.onnxruntime.TensorInfo
 import java.io.File
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
@@ -18,19 +19,21 @@ class OnnxRuntimeRunner(model: File, private val manifest: Manifest, threads: In
         environment.createSession(model.path, it)
     }
     private val caches: List<Cache> = (0 until manifest.model.layers).flatMap { layer ->
-        listOf("key", "value").map { Cache("past_key_values.$layer.$it", "present.$layer.$it", emptyCache()) }
+        listOf("past_key_values.$layer" to "present.$layer").flatMap { (past, present) ->
+            listOf("key", "value").map { Cache("$past.$it", "$present.$it", emptyCache("$past.$it")) }
+        }
     }
     private val presents = caches.associate { it.output to it.tensor }
     private var position = 0
 
     private class Cache(val input: String, val output: String, val tensor: OnnxTensor)
 
-    /** float32 `[1, KV, context, D]` */
-    private fun emptyCache(): OnnxTensor {
+    /** `[1, KV, context, D]`, of float32 or int8 as the model wants it. */
+    private fun emptyCache(input: String): OnnxTensor {
+        val type = (session.inputInfo.getValue(input).info as TensorInfo).type
         val sizes = with(manifest.model) { intArrayOf(1, keyValueHeads, manifest.context, headDim) }
-        val bytes = sizes.fold(Float.SIZE_BYTES, Math::multiplyExact)
-        val buffer = ByteBuffer.allocateDirect(bytes).order(ByteOrder.nativeOrder()).asFloatBuffer()
-        return OnnxTensor.createTensor(environment, buffer, LongArray(sizes.size) { sizes[it].toLong() })
+        val buffer = ByteBuffer.allocateDirect(sizes.fold(type.size, Math::multiplyExact)).order(ByteOrder.nativeOrder())
+        return OnnxTensor.createTensor(environment, buffer, LongArray(sizes.size) { sizes[it].toLong() }, type)
     }
 
     override fun rewind(position: Int) {

@@ -1,0 +1,5 @@
+package ai.onnxruntime;
+
+public abstract class TensorInfo implements ValueInfo {
+  public final OnnxJavaType type = OnnxJavaType.FLOAT;
+}
