@@ -46,6 +46,8 @@ def lower(
     graph: Graph, store: WeightStore, plan: Plan, *, path: Path, data_name: str, emitter: type[Emitter] | None = None
 ) -> None:
     """Write ``path`` and, beside it, its weights in the file ``data_name``. Raises LoweringError or OSError."""
+    if plan.kv_cache:
+        graph = with_static_caches(graph, store.read_cache_ranges())
     with mapped_errors(path, data_name=data_name):
         model = (emitter or Emitter)(graph, store, plan).build()
         ir.save(model, path, external_data=data_name, max_workers=1, max_in_flight_bytes=WRITE_AHEAD_BYTES)
@@ -77,8 +79,7 @@ class Emitter:
     """How MatMulNBits is asked to multiply: 4 allows activations in int8, 0 asks for floats."""
 
     def __init__(self, graph: Graph, store: WeightStore, plan: Plan) -> None:
-        self._graph = with_static_caches(graph, store.read_cache_ranges()) if plan.kv_cache else graph
-        self._cached = INT8 if plan.kv_cache else FLOAT
+        self._graph = graph
         self._store = store
         self._plan = plan
         self._nodes: list[ir.Node] = []
@@ -92,11 +93,11 @@ class Emitter:
         spec, caches = self._graph.spec, cache_names(self._graph.spec.num_hidden_layers)
         input_ids = _value("input_ids", INT64, ("batch_size", "sequence_length"))
         attention_mask = _value("attention_mask", INT64, ("batch_size", "total_sequence_length"))
+        cached = INT8 if self._plan.kv_cache else FLOAT
         past_shape = ("batch_size", spec.num_key_value_heads, "past_sequence_length", spec.head_dim)
         present_shape = ("batch_size", spec.num_key_value_heads, "total_sequence_length", spec.head_dim)
         past = {
-            f"past_{name}": _value(genai_name("past_key_values", name), self._cached, past_shape)
-            for name in _flat(caches)
+            f"past_{name}": _value(genai_name("past_key_values", name), cached, past_shape) for name in _flat(caches)
         }
 
         self._attention_lengths = self._lengths(attention_mask)
@@ -110,7 +111,7 @@ class Emitter:
         presents = []
         for name in _flat(caches):
             present = outputs[f"present_{name}"]
-            present.name, present.dtype = genai_name("present", name), self._cached
+            present.name, present.dtype = genai_name("present", name), cached
             present.shape = ir.Shape(present_shape)
             presents.append(present)
         fuse_residual_norms(self._nodes)
