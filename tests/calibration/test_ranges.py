@@ -138,9 +138,12 @@ def test_masked_scores_and_probabilities_do_not_count(window: int, chunk: int, p
     node = Node(op="attention", name="attention", arguments=(), layer=0)
     observer = RangeObserver(central=1.0)
     arguments = (q, k, v, past_k, past_v, None, heads, kv_heads, 0.5, window, chunk)
-    observer.on_node(node, arguments, (torch.ones(1), past_k, past_v))
+    keys, values = (
+        torch.cat([past, new.view(batch, length, kv_heads, dim).transpose(1, 2)], dim=2)
+        for past, new in ((past_k, k), (past_v, v))
+    )
+    observer.on_node(node, arguments, (torch.ones(1), keys, values))
 
-    keys = torch.cat([past_k, k.view(batch, length, kv_heads, dim).transpose(1, 2)], dim=2)
     scores, probabilities = [], []
     for t in range(length):
         first = max(0, past + t - window + 1 if window else 0, (past + t) // chunk * chunk if chunk else 0)
