@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.arm64.drift import Answers, as_table, compare, failed_cores, find_arithmetic, open_checked
-from benchmarks.arm64.machine import CORES, HERE, HOST, ROOT, Machine, set_up
+from benchmarks.arm64.machine import CORES, HERE, HOST, NEEDS_MORE, ROOT, Machine, set_up
 from exporter.errors import ExportError, LoweringError, ParityError
 
 SAMPLE = ROOT / "samples" / "python"
@@ -59,18 +59,21 @@ def read_answers(path: Path, *, core: str, about: str) -> Answers:
 
 
 def measure(bundle: Path, cores: Sequence[str], *, arithmetic: bool = True) -> dict[str, object]:
-    """The report of a bundle on this host and on emulated cores. Raises ExportError."""
+    """The report of a bundle on this host and on emulated cores, of those that the runtime is built for. Raises
+    ExportError."""
     manifest, goldens = open_checked(bundle)
     machine = set_up(manifest["target"])
+    needs = {core: NEEDS_MORE[manifest["target"], core] for core in cores if (manifest["target"], core) in NEEDS_MORE}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         answers = [answer_here(bundle, scratch=scratch)]
-        for core in cores:
+        for core in (core for core in cores if core not in needs):
             print(f"arm64: {manifest['target']} on an emulated {core}", file=sys.stderr)
             answers.append(answer_emulated(machine, core, bundle, scratch=scratch))
     report = compare(manifest, goldens, answers)
     if arithmetic:
         report["arithmetic"] = find_arithmetic(bundle, manifest, goldens, answers)
+    report["not_measured"] = needs
     report["emulated_with"] = machine.packages()
     return report
 

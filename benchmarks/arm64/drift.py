@@ -160,6 +160,7 @@ def as_table(report: Mapping[str, Any]) -> str:
             f"{one['core']:12} {one['verdict']:8} {one['mean_kl_nats']:8.1e} {one['worst_kl_nats']:8.1e} "
             f"{one['top1_agreement']:7.1%}  {one['about']}"
         )
+    lines += [f"{core:12} not measured: {why}" for core, why in report.get("not_measured", {}).items()]
     lines.append(f"{'between':25} {'max|dlogit|':>11} {'mean KL':>8} {'worst KL':>8} {'top-1':>7}")
     for pair in report["pairs"]:
         same = "  same bits" if pair["same_bits"] else ""

@@ -72,6 +72,13 @@ CORES = {
 }
 HOST = "x86-64"
 
+_LATER_ARM = (
+    "libcustom_ops_aot_lib.so of ExecuTorch's aarch64 wheel is built for later cores than Armv8.0: it ends with an "
+    "illegal instruction as it is loaded"
+)
+NEEDS_MORE = {("executorch", "cortex-a53"): _LATER_ARM}
+"""Cores that a runtime's wheel is not built for, with what was seen; builds for Android and iOS are others."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
