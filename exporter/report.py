@@ -159,7 +159,7 @@ def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
     spec = checkpoint.spec
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()})
-    files = {tensor.file for tensor in checkpoint.tensors.values()}
+    files = {file for tensor in checkpoint.tensors.values() for file in tensor.files}
     return {
         "kind": "checkpoint",
         "folder": str(checkpoint.folder),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exporter.checkpoint import huggingface
 from exporter.checkpoint.config import read_spec
+from exporter.checkpoint.tensors import LazyTensor
 from exporter.files import sha256
 from exporter.spec import ModelSpec
 
@@ -26,7 +27,9 @@ class Checkpoint:
 
     folder: Path
     spec: ModelSpec
-    tensors: Mapping[str, huggingface.LazyTensor]
+    tensors: Mapping[str, LazyTensor]
+    described_by: Path
+    """What the spec was read from."""
 
     def read(self, name: str) -> Tensor:
         """The tensor called ``name``, in the dtype and shape in which it is stored. Raises InputError."""
@@ -38,8 +41,8 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """Hex digest of what defines the model: the names and contents of config.json and of every weight file."""
-        files = sorted({self.folder / "config.json", *(tensor.file for tensor in self.tensors.values())})
+        """Hex digest of what defines the model: the names and contents of its description and of every weight file."""
+        files = sorted({self.described_by, *(file for tensor in self.tensors.values() for file in tensor.files)})
         with ThreadPoolExecutor() as pool:
             digests = list(pool.map(sha256, files))
         lines = [f"{digest}  {file.name}\n" for digest, file in zip(digests, files, strict=True)]
@@ -49,4 +52,5 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read config and tensor headers of a checkpoint and check them against each other. Raises InputError."""
     spec = read_spec(folder)
-    return Checkpoint(folder=folder, spec=spec, tensors=huggingface.map_tensors(folder, spec))
+    tensors = huggingface.map_tensors(folder, spec)
+    return Checkpoint(folder=folder, spec=spec, tensors=tensors, described_by=folder / huggingface.DESCRIPTION)

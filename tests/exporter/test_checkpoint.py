@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from exporter.checkpoint import open_checkpoint
 from exporter.errors import InputError
 from exporter.spec import RopeKind
-from tests.conftest import Toy
+from tests.conftest import Toy, write_toy
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
@@ -186,8 +191,8 @@ def test_a_folder_without_config_or_weights_says_what_it_has(tmp_path: Path, mak
     with pytest.raises(InputError, match=r"has no config.json"):
         open_checkpoint(empty)
     toy = make_toy()
-    (toy.folder / "model.safetensors").rename(toy.folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"only pytorch_model.bin"):
+    (toy.folder / "model.safetensors").rename(toy.folder / "weights.bin")
+    with pytest.raises(InputError, match=r"only weights.bin"):
         open_checkpoint(toy.folder)
 
 
@@ -200,3 +205,115 @@ def test_the_source_digest_changes_with_one_bit_of_a_weight(make_toy: Callable[.
     content[-1] ^= 1
     file.write_bytes(content)
     assert open_checkpoint(toy.folder).sha256 != before
+
+
+def pickled(toy: Toy, *, shards: int = 1) -> dict[str, torch.Tensor]:
+    """The toy's weights as ``pytorch_model*.bin``, in so many files; safetensors are gone."""
+    tensors = load_file(toy.folder / "model.safetensors")
+    (toy.folder / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(tensors, toy.folder / "pytorch_model.bin")
+        return tensors
+    names = {name: f"pytorch_model-{index % shards + 1:05}-of-{shards:05}.bin" for index, name in enumerate(tensors)}
+    for file in set(names.values()):
+        torch.save({name: tensors[name] for name in tensors if names[name] == file}, toy.folder / file)
+    index = {"metadata": {}, "weight_map": names}
+    (toy.folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return tensors
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_weights_may_lie_in_pickles_of_torch(shards: int, make_toy: Callable[..., Toy]) -> None:
+    toy = make_toy()
+    expected = pickled(toy, shards=shards)
+    checkpoint = open_checkpoint(toy.folder)
+    assert all(torch.equal(checkpoint.read(name), expected[name]) for name in checkpoint.spec.weights())
+    before = checkpoint.sha256
+    file = sorted(toy.folder.glob("pytorch_model*.bin"))[0]
+    content = torch.load(file)
+    next(iter(content.values())).view(-1)[0] += 1
+    torch.save(content, file)
+    assert open_checkpoint(toy.folder).sha256 != before
+
+
+def test_pickles_are_mapped(make_toy: Callable[..., Toy]) -> None:
+    """What is read of a large tensor is not what it takes: the file's own pages serve."""
+    toy = make_toy()
+    pickled(toy)
+    file, maps = str(toy.folder / "pytorch_model.bin"), Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("tells of Linux alone what is mapped")
+    assert file not in maps.read_text()
+    checkpoint = open_checkpoint(toy.folder)
+    assert file in maps.read_text()
+    del checkpoint
+
+
+class Harmful:
+    def __reduce__(self) -> Any:
+        return print, ("a program was run",)
+
+
+def test_a_pickle_that_would_run_a_program_is_refused(
+    make_toy: Callable[..., Toy], capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy = make_toy()
+    tensors: dict[str, Any] = dict(pickled(toy))
+    torch.save({**tensors, "extra": Harmful()}, toy.folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="asks for more than tensors as it is opened, which is refused") as caught:
+        open_checkpoint(toy.folder)
+    assert "any program" in str(caught.value.hint)
+    assert "a program was run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"model": {"a": torch.ones(1)}}, "holds a dict, names with tensors were expected"),
+        ([torch.ones(1)], "holds a list, names with tensors were expected"),
+        ({"model.norm.weight": torch.ones(2, dtype=torch.int8)}, "model.norm.weight has dtype int8; known: F32"),
+    ],
+)
+def test_a_pickle_of_something_else_is_refused(content: Any, says: str, make_toy: Callable[..., Toy]) -> None:
+    toy = make_toy()
+    pickled(toy)
+    torch.save(content, toy.folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=re.escape(says)):
+        open_checkpoint(toy.folder)
+
+
+def test_pickles_of_before_zip_are_refused(make_toy: Callable[..., Toy]) -> None:
+    toy = make_toy()
+    tensors = pickled(toy)
+    torch.save(tensors, toy.folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(InputError, match=r"is no file of torch.save in its present form"):
+        open_checkpoint(toy.folder)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kept=st.floats(0, 1) | st.just(1.0),
+    flips=st.lists(st.tuples(st.integers(0, 2**31), st.integers(0, 7)), max_size=4),
+)
+def test_damaged_pickles_are_read_right_or_refused(
+    kept: float, flips: list[tuple[int, int]], pickled_folder: Path
+) -> None:
+    """Cut off, or with bits flipped: what torch reads then has the shapes of the model, or an InputError tells."""
+    folder = pickled_folder
+    content = bytearray(folder.with_name("sound.bin").read_bytes())
+    for place, bit in flips:
+        content[place % len(content)] ^= 1 << bit
+    (folder / "pytorch_model.bin").unlink()  # an earlier one may still be mapped
+    (folder / "pytorch_model.bin").write_bytes(content[: round(kept * len(content))])
+    with suppress(InputError):
+        checkpoint = open_checkpoint(folder)
+        for name, shape in checkpoint.spec.weights().items():
+            assert tuple(checkpoint.read(name).shape) == shape
+
+
+@pytest.fixture(scope="module")
+def pickled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    toy = write_toy(tmp_path_factory.mktemp("broken") / "toy")
+    pickled(toy)
+    shutil.copyfile(toy.folder / "pytorch_model.bin", toy.folder.with_name("sound.bin"))
+    return toy.folder
