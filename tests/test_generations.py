@@ -108,11 +108,7 @@ def refused(kind: str) -> str:
 
 def test_the_readme_tells_of_every_generation_and_quotes_every_refusal() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    rows = [
-        row.strip("| ").split(" | ")
-        for row in readme.splitlines()
-        if row.startswith("| L") or row.startswith("| Code L")
-    ]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in readme.splitlines() if line[:2] == "| "]
     for generation in GENERATIONS:
         (row,) = (row for row in rows if row[0] == generation)
         sizes = [size for name, size in SIZES if name == generation]
