@@ -15,6 +15,7 @@ from exporter.cli_bundle import JsonOption, ThreadsOption, add_bundle_commands
 from exporter.cli_devices import add_device_commands
 from exporter.cli_options import (
     CALIBRATION,
+    AdapterOption,
     BackendOption,
     CheckpointArgument,
     ColumnOption,
@@ -99,6 +100,7 @@ def _report(name: str, told: str) -> Any:
 def export(
     checkpoint: CheckpointArgument = None,
     *,
+    adapter: AdapterOption = None,
     target: TargetOption = None,
     backend: BackendOption = None,
     device: DeviceOption = None,
@@ -237,7 +239,7 @@ def export(
             choices, reasons = settle(choices, read_spec(checkpoint))
             for reason in reasons:
                 progress.note(reason)
-        made = plan(checkpoint, out=out, store=store, **choices)
+        made = plan(checkpoint, adapter=adapter, out=out, store=store, **choices)
         if made.prefer is Prefer.DECODE:
             progress.note(f"--prefer decode: int4 in groups of {made.scheme.group_size or 'a row'}")
         if made.scheme.body is Precision.LUT4:
@@ -253,6 +255,7 @@ def validate(
     against: Annotated[
         Path | None, typer.Option("--against", help="The checkpoint it was made from: proves codes and quality too.")
     ] = None,
+    adapter: AdapterOption = None,
     corpus: CorpusOption = None,
     column: ColumnOption = None,
     store: StoreOption = None,
@@ -344,6 +347,7 @@ def validate(
                 run(
                     bundle,
                     against=against,
+                    adapter=adapter,
                     corpus=corpus,
                     corpus_column=column,
                     store_root=store or default_store(),

@@ -88,6 +88,15 @@ PreferOption = Annotated[
     ),
 ]
 
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        help="A LoRA as PEFT writes it, a folder: merged into the checkpoint as it is read.",
+        show_default="none",
+    ),
+]
+
 SystemOption = Annotated[
     str | None,
     typer.Option(

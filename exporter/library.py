@@ -31,6 +31,7 @@ def validate(
     bundle: Path | str,
     *,
     against: Path | str | None = None,
+    adapter: Path | str | None = None,
     calibration: str | None = None,
     calibration_column: str | None = None,
     eval_text: Path | str | None = None,
@@ -45,6 +46,7 @@ def validate(
     return pipeline.validate(
         Path(bundle),
         against=Path(against) if against else None,
+        adapter=Path(adapter) if adapter else None,
         corpus=calibration,
         corpus_column=calibration_column,
         store_root=Path(store) if store else default_store(),

@@ -135,7 +135,7 @@ def export(plan: Plan, progress: Progress) -> list[Outcome]:
     Raises ExportError for what concerns all targets; what concerns one of them is in its outcome, and the others go on.
     """
     progress.stage("reading the checkpoint")
-    checkpoint = open_checkpoint(plan.checkpoint)
+    checkpoint = open_checkpoint(plan.checkpoint, adapter=plan.adapter)
     tokenizer = Tokenizer(checkpoint.folder)
     chosen = {label: targets.load(label) for label in plan.targets}
     refuse_early(plan, checkpoint.spec, chosen)
@@ -277,6 +277,7 @@ def validate(
     bundle: Path,
     *,
     against: Path | None,
+    adapter: Path | None = None,
     corpus: str | None,
     corpus_column: str | None,
     store_root: Path,
@@ -295,6 +296,8 @@ def validate(
         raise UsageError(
             "--max-mean-kl bounds quality, which needs the checkpoint", hint="name it with --against, or leave it out"
         )
+    if adapter and against is None:
+        raise UsageError("--adapter goes with a checkpoint", hint="name it with --against, or leave --adapter out")
     if bisect and against is None:
         raise UsageError("--bisect compares with the checkpoint", hint="name it with --against, or leave --bisect out")
     progress.stage("checksums")
@@ -317,6 +320,7 @@ def validate(
         recipe, sampling = read_calibration(manifest, bundle=bundle)
         plan = Plan(
             checkpoint=against,
+            adapter=adapter,
             targets=(label,),
             scheme=artifact.scheme,
             context=artifact.context,
@@ -333,7 +337,7 @@ def validate(
             threads=threads,
         )
         progress.stage("reading the checkpoint")
-        checkpoint = open_checkpoint(against)
+        checkpoint = open_checkpoint(against, adapter=adapter)
         _check_source(manifest, checkpoint, bundle=bundle)
         tokenizer, graph = Tokenizer(bundle), trace(checkpoint.spec)
         material = _quantize(plan, checkpoint, tokenizer, graph, recorded=manifest["calibration"], progress=progress)

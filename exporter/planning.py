@@ -74,13 +74,15 @@ class Choices(TypedDict, total=False):
 def plan(
     checkpoint: Path | str,
     *,
+    adapter: Path | str | None = None,
     out: Path | str = DEFAULT_OUT,
     store: Path | str | None = None,
     **choices: Unpack[Choices],
 ) -> Plan:
     """A run as asked for, with all defaults filled in. Reads the checkpoint's config and no weight.
 
-    ``out``: folder for the bundles; ``store``: where quantized weights are kept, by default in the user's cache.
+    ``adapter``: a folder of PEFT to be merged in; ``out``: folder for the bundles; ``store``: where quantized weights
+    are kept, by default in the user's cache.
     Raises UsageError for choices that cannot be carried out, InputError for a checkpoint that is none.
     """
     if "target" not in choices and "device" not in choices:
@@ -105,6 +107,7 @@ def plan(
         _refuse_system(labels, system, scheme, spec)
     return Plan(
         checkpoint=Path(checkpoint),
+        adapter=Path(adapter) if adapter else None,
         targets=labels,
         scheme=scheme,
         recipe=_recipe(

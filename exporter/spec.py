@@ -298,6 +298,8 @@ class Plan:
     """One run, as asked for: from one checkpoint to one artifact per target."""
 
     checkpoint: Path
+    adapter: Path | None = None
+    """A LoRA of PEFT to be merged into it."""
     targets: tuple[str, ...]
     """Labels (``targets.label``): a target, or a target and a backend."""
     scheme: WeightScheme

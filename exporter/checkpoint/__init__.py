@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from exporter.checkpoint import huggingface
+from exporter.checkpoint.adapter import with_adapter
 from exporter.checkpoint.config import read_spec
 from exporter.checkpoint.tensors import LazyTensor
 from exporter.files import sha256
@@ -49,8 +50,11 @@ class Checkpoint:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read config and tensor headers of a checkpoint and check them against each other. Raises InputError."""
+def open_checkpoint(folder: Path, *, adapter: Path | None = None) -> Checkpoint:
+    """Read config and tensor headers of a checkpoint and check them against each other; ``adapter`` is a folder of PEFT
+    that is merged in. Raises InputError."""
     spec = read_spec(folder)
     tensors = huggingface.map_tensors(folder, spec)
+    if adapter:
+        tensors = with_adapter(tensors, adapter)
     return Checkpoint(folder=folder, spec=spec, tensors=tensors, described_by=folder / huggingface.DESCRIPTION)

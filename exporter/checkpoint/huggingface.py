@@ -74,7 +74,7 @@ def map_tensors(folder: Path, spec: ModelSpec) -> dict[str, LazyTensor]:
     """Every tensor that ``spec`` wants. Raises InputError for files that are missing, broken or of another model."""
     found: dict[str, LazyTensor] = {}
     for file in _shards(folder):
-        found |= _safetensors(file) if file.suffix == ".safetensors" else map_pickle(file)
+        found |= map_safetensors(file) if file.suffix == ".safetensors" else map_pickle(file)
     return matched(found, spec, place=folder, described_by=DESCRIPTION)
 
 
@@ -147,7 +147,8 @@ def _indexed(index: Path) -> list[Path]:
     return shards
 
 
-def _safetensors(file: Path) -> dict[str, LazyTensor]:
+def map_safetensors(file: Path) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file. Raises InputError."""
     tensors: dict[str, LazyTensor] = {}
     try:
         with safe_open(file, framework="pt") as shard:

@@ -1,0 +1,167 @@
+"""LoRA adapters as PEFT writes them, merged into the tensors of their base as these are read.
+
+``adapter_config.json`` and ``adapter_model.safetensors``: for a matrix W of the base two factors A ``[r, K]`` and B
+``[N, r]``, and W + s B A in its place, with s = alpha / r, or alpha / sqrt(r) of rank-stabilised ones (Hu et al. 2021,
+arXiv:2106.09685, section 4.1; Kalajdzievski 2023, arXiv:2312.03732).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exporter.checkpoint.config import read_json
+from exporter.checkpoint.huggingface import map_pickle, map_safetensors
+from exporter.checkpoint.tensors import LazyTensor
+from exporter.errors import InputError
+from exporter.spec import HEAD
+
+CONFIG = "adapter_config.json"
+_FILES = {"adapter_model.safetensors": map_safetensors, "adapter_model.bin": map_pickle}
+_LAYOUT = f"name a folder that PEFT has written: {CONFIG}, adapter_model.safetensors"
+
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "use_dora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "bias": ("none", None),
+    "alora_invocation_tokens": (None,),
+}
+"""Fields that would change what is merged, and the values that do not; a field that is absent has the first."""
+
+_FACTOR = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B)(?:\.weight)?")
+_PREFIX = "base_model.model."
+_SAVED = ".modules_to_save"
+
+
+@dataclass(frozen=True, slots=True)
+class MergedTensor:
+    """A matrix of the base with what an adapter adds to it."""
+
+    base: LazyTensor
+    down: LazyTensor
+    """A, ``[r, K]``"""
+    up: LazyTensor
+    """B, ``[N, r]``"""
+    scale: float
+    config: Path
+    is_table: bool
+    """Of an embedding, whose rows are looked up: A is ``[r, V]``, B ``[H, r]``, and their product is transposed."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys((*self.base.files, *self.down.files, *self.up.files, self.config)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def read(self) -> Tensor:
+        """float32: the base's own dtype would round away what little an adapter adds."""
+        added = self.up.read().float() @ self.down.read().float()
+        return self.base.read().float() + self.scale * (added.T if self.is_table else added)
+
+
+def with_adapter(tensors: Mapping[str, LazyTensor], folder: Path) -> dict[str, LazyTensor]:
+    """``tensors`` of a base with the adapter in ``folder`` merged in. Raises InputError for one that is none, that adds
+    in a way that is not known, or to another model."""
+    config = _read_config(folder)
+    merged, pairs = dict(tensors), dict[str, dict[str, LazyTensor]]()
+    for stored, tensor in _adapter_tensors(folder).items():
+        name = stored.removeprefix(_PREFIX)
+        factor = _FACTOR.fullmatch(name)
+        if factor:
+            pairs.setdefault(factor[1], {})[factor[2]] = tensor
+        else:
+            place = _base_name(name.replace(_SAVED, ""), stored, tensors, folder)
+            merged[place] = _of_shape(tensor, tensors[place].shape, stored, folder)
+    for module, factors in pairs.items():
+        name = _base_name(f"{module}.weight", module, tensors, folder)
+        merged[name] = _merge(name, module, factors, merged[name], config, folder)
+    if merged == dict(tensors):
+        raise InputError(f"{folder} changes nothing", hint=_LAYOUT)
+    return merged
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise InputError(f"adapter {folder} is no folder", hint=_LAYOUT)
+    path = folder / CONFIG
+    config = read_json(path, missing=_LAYOUT)
+    for field, known in _ONLY.items():
+        if config.get(field, known[0]) not in known:
+            raise InputError(
+                f"{path}: {field} is {config[field]!r}; known: {', '.join(str(value) for value in known)}",
+                hint="merge this adapter with PEFT (merge_and_unload), and name the folder of the merged model",
+            )
+    for field in ("r", "lora_alpha"):
+        value = config.get(field)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise InputError(f"{path}: {field} is {value!r}, a positive number was expected", hint=_LAYOUT)
+    return config
+
+
+def _adapter_tensors(folder: Path) -> dict[str, LazyTensor]:
+    for name, read in _FILES.items():
+        if (folder / name).exists():
+            return read(folder / name)
+    raise InputError(f"{folder} has neither {' nor '.join(_FILES)}", hint=_LAYOUT)
+
+
+def _base_name(name: str, told: str, tensors: Mapping[str, LazyTensor], folder: Path) -> str:
+    if name == HEAD and HEAD not in tensors:
+        raise InputError(
+            f"{folder}: {told} changes the head alone, but the model ties it to its embedding",
+            hint="merge this adapter with PEFT (merge_and_unload), and name the folder of the merged model",
+        )
+    if name not in tensors:
+        raise InputError(
+            f"{folder}: {told} belongs to no tensor of the checkpoint",
+            hint="take the adapter's own base model: adapter_config.json names it in base_model_name_or_path",
+        )
+    return name
+
+
+def _of_shape(tensor: LazyTensor, wanted: tuple[int, ...], told: str, folder: Path) -> LazyTensor:
+    if tensor.shape != wanted:
+        raise InputError(
+            f"{folder}: {told} has shape {list(tensor.shape)}, the checkpoint wants {list(wanted)}",
+            hint="take the adapter's own base model: adapter_config.json names it in base_model_name_or_path",
+        )
+    return tensor
+
+
+def _merge(
+    name: str, module: str, factors: Mapping[str, LazyTensor], base: LazyTensor, config: Mapping[str, Any], folder: Path
+) -> LazyTensor:
+    is_table = "embedding_A" in factors or "embedding_B" in factors
+    kinds = ("embedding_A", "embedding_B") if is_table else ("A", "B")
+    if set(factors) != set(kinds):
+        raise InputError(f"{folder}: {module} has {', '.join(factors)} of {', '.join(kinds)}", hint=_LAYOUT)
+    down, up = (factors[kind] for kind in kinds)
+    rank, alpha = _setting(config, module, "rank_pattern", "r"), _setting(config, module, "alpha_pattern", "lora_alpha")
+    rows, columns = reversed(base.shape) if is_table else base.shape
+    _of_shape(down, (int(rank), columns), f"{module}.lora_{kinds[0]}", folder)
+    _of_shape(up, (rows, int(rank)), f"{module}.lora_{kinds[1]}", folder)
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return MergedTensor(base=base, down=down, up=up, scale=scale, config=folder / CONFIG, is_table=is_table)
+
+
+def _setting(config: Mapping[str, Any], module: str, patterns: str, usual: str) -> float:
+    """PEFT's rank or alpha of one module: that of the first pattern that is the end of its name, or the usual one."""
+    found = (
+        value for pattern, value in (config.get(patterns) or {}).items() if re.fullmatch(rf"(.*\.)?({pattern})", module)
+    )
+    return float(next(found, config[usual]))
