@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from exporter.spec import Activations, Precision, WeightScheme
 from targets.footprint import footprint
 
 RUNNER = CliRunner()
+ROOT = Path(__file__).parents[2]
 INT4 = WeightScheme(body=Precision.INT4, embedding=Precision.INT8, head=Precision.INT8, group_size=32)
 
 
@@ -226,3 +230,22 @@ def test_generating_needs_nothing_more(exported: Exported) -> None:
     assert result.exit_code == 0, result.output
     assert len(json.loads(result.stdout)["ids"]) == 8
     assert targets.load(exported.target).cannot_execute() is None
+
+
+@pytest.mark.toolchain
+def test_the_sample_for_python_keeps_it_as_the_model_wants_it(exported: Exported) -> None:
+    if exported.target != "onnxruntime":
+        pytest.skip("the sample runs ONNX Runtime")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from llamabundle.bundle import Bundle; from llamabundle.model import Model\n"
+        "from llamabundle.selftest import answer_goldens, compare\n"
+        "bundle = Bundle.open(Path(sys.argv[1])); goldens = bundle.goldens()\n"
+        "print(compare(goldens, answer_goldens(Model(bundle, threads=1), goldens))['mean_kl_nats'])\n"
+    )
+    manifest = json.loads((exported.bundle / "manifest.json").read_text())
+    words = [sys.executable, "-c", code, str(exported.bundle)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "samples" / "python")}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= manifest["parity"]["gate_mean_kl_nats"]
