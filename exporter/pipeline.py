@@ -139,6 +139,7 @@ def export(plan: Plan, progress: Progress) -> list[Outcome]:
     tokenizer = Tokenizer(checkpoint.folder)
     chosen = {label: targets.load(label) for label in plan.targets}
     refuse_early(plan, checkpoint.spec, chosen)
+    tokenizer.refuse_beyond(checkpoint.spec.vocab_size)
 
     progress.stage("tracing")
     graph = trace(checkpoint.spec)

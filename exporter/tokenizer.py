@@ -62,6 +62,17 @@ class Tokenizer:
         template = self._tokenizer.chat_template
         return template if isinstance(template, str) else None
 
+    def refuse_beyond(self, vocab_size: int) -> None:
+        """Raises InputError for a token that a model of so many has no embedding for."""
+        beyond = sorted((id, token) for token, id in self._tokenizer.get_vocab().items() if id >= vocab_size)
+        if beyond:
+            (id, token), more = beyond[0], f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+            raise InputError(
+                f"{self.folder / 'tokenizer.json'} has token {id} ({token!r}){more}, the model's vocabulary ends at "
+                f"{vocab_size - 1}",
+                hint="take the tokenizer that this model was saved with, or remove the token where nothing uses it",
+            )
+
     @property
     def special_ids(self) -> frozenset[int]:
         """The tokens that mark structure and stand for no text: begin, end, headers, those held in reserve."""

@@ -187,6 +187,18 @@ def test_a_tokenizer_of_another_model_is_refused(
     assert_refused(result, code=3, says="the model's vocabulary ends at 95")
 
 
+def test_a_token_beyond_the_vocabulary_is_named(complete_toy: Toy, tmp_path: Path) -> None:
+    """One that no text has, so that only a chat would have met it, on the phone."""
+    path = complete_toy.folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    extra = {"id": 2048, "content": "<|tool|>", "special": True, "normalized": False}
+    tokenizer["added_tokens"].append({**extra, "single_word": False, "lstrip": False, "rstrip": False})
+    path.write_text(json.dumps(tokenizer))
+    result = run(complete_toy.folder, "-t", "onnxruntime", "-o", tmp_path / "out", "--store", tmp_path / "store")
+    assert_refused(result, code=3, says="has token 2048 ('<|tool|>'), the model's vocabulary ends at 2047")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "onnxruntime").mkdir(parents=True)
