@@ -25,13 +25,12 @@ from calibration.ranges import Range, RangeObserver, ranges_to_json
 from calibration.rtn import round_to_nearest, row_blocks
 from calibration.smooth import smooth_factors
 from exporter.checkpoint import Checkpoint
-from exporter.errors import InputError
 from exporter.model.eager import eager_table
 from exporter.model.graph import Graph, Observer, Value, Weight
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.quantized import CodedTensor
 from exporter.spec import EMBEDDING, Method, Precision, Progress, Recipe, WeightScheme
-from exporter.store import StoreKey, TensorError, WeightStore
+from exporter.store import StoreKey, TensorError, WeightStore, finite
 
 PROPAGATION = 0.75
 """How much of the error that earlier layers have left a linear is asked to make up for: of the error in its input
@@ -250,7 +249,7 @@ class _Folded:
 
     def __getitem__(self, name: str) -> Tensor:
         """float32"""
-        return self.apply(name, _read_finite(self.store.checkpoint, name))
+        return self.apply(name, finite(name, self.store.checkpoint.read(name)))
 
     def apply(self, name: str, weight: Tensor) -> Tensor:
         weight = weight.float()
@@ -331,7 +330,7 @@ def _choose_factors(group: Group, layer: Layer, streams: _Streams, folded: _Fold
         second_moment = second_moment + x.T @ x
         largest = torch.maximum(largest, x.abs().amax(dim=0))
     second_moment /= sum(chunk.stop - chunk.start for chunk in chunks) * streams.exact.shape[1]
-    weights = [_read_finite(store.checkpoint, name).float() for name in group.linears]
+    weights = [finite(name, store.checkpoint.read(name)).float() for name in group.linears]
     if recipe.method is Method.SMOOTH:
         factors = smooth_factors(weights, largest)
     else:
@@ -446,24 +445,12 @@ def _summary(errors: dict[str, TensorError]) -> str:
 def _round_part(store: WeightStore, layer: int | None) -> None:
     tensors, errors = [], {}
     for name in store.quantized_names(layer):
-        weight = _read_finite(store.checkpoint, name)
+        weight = finite(name, store.checkpoint.read(name))
         tensor = _rounded(weight, name, store.scheme)
         error = relative_error(weight, tensor)
         errors[name] = TensorError(rounded=error, stored=error)
         tensors.append(tensor)
     store.write_part(layer, tensors, errors=errors, floats={})
-
-
-def _read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
-    weight = checkpoint.read(name)
-    if not all(
-        map(torch.isfinite, weight.aminmax())
-    ):  # a NaN is the least and the largest; isfinite takes 20 times as long
-        raise InputError(
-            f"{name} holds values that are not finite, which no integer code can stand for",
-            hint="check the checkpoint: it may have been cut off, or have diverged in training",
-        )
-    return weight
 
 
 def relative_error(weight: Tensor, quantized: CodedTensor) -> float:

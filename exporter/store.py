@@ -82,9 +82,9 @@ class WeightStore:
             return self._read_vector(name)
         match self.scheme.precision(name):
             case Precision.FP32:
-                return self.checkpoint.read(name).float()
+                return finite(name, self.checkpoint.read(name)).float()
             case Precision.FP16:
-                return _to_float16(name, self.checkpoint.read(name))
+                return _to_float16(name, finite(name, self.checkpoint.read(name)))
             case _:
                 return self._read_coded(name)
 
@@ -229,7 +229,7 @@ class WeightStore:
             with self._open(file) as part:
                 if name in part.keys():  # noqa: SIM118  (safe_open is no mapping)
                     return part.get_tensor(name)
-        return self.checkpoint.read(name).float()
+        return finite(name, self.checkpoint.read(name)).float()
 
     def _read_coded(self, name: str) -> CodedTensor:
         bits = self.scheme.precision(name).bits
@@ -267,6 +267,18 @@ def plain(weight: StoredWeight) -> PlainWeight:
 def _layer_of(name: str) -> int | None:
     parts = name.split(".")
     return int(parts[2]) if parts[:2] == ["model", "layers"] else None
+
+
+def finite(name: str, weight: Tensor) -> Tensor:
+    """``weight`` itself. Raises InputError where it holds NaN or infinity."""
+    if not all(
+        map(torch.isfinite, weight.aminmax())
+    ):  # a NaN is the least and the largest; isfinite takes 20 times as long
+        raise InputError(
+            f"{name} holds values that are not finite",
+            hint="check the checkpoint: it may have been cut off, or have diverged in training",
+        )
+    return weight
 
 
 def _to_float16(name: str, weight: Tensor) -> Tensor:

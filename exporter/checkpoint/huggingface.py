@@ -74,7 +74,13 @@ def map_tensors(folder: Path, spec: ModelSpec) -> dict[str, LazyTensor]:
     """Every tensor that ``spec`` wants. Raises InputError for files that are missing, broken or of another model."""
     found: dict[str, LazyTensor] = {}
     for file in _shards(folder):
-        found |= map_safetensors(file) if file.suffix == ".safetensors" else map_pickle(file)
+        tensors = map_safetensors(file) if file.suffix == ".safetensors" else map_pickle(file)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise InputError(
+                f"{folder}: {twice[0]} lies in {found[twice[0]].files[0].name} and in {file.name}",
+                hint="the shards are of two models, or one of two downloads: download them again into an empty folder",
+            )
+        found |= tensors
     return matched(found, spec, place=folder, described_by=DESCRIPTION)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import targets
@@ -196,6 +197,30 @@ def test_a_token_beyond_the_vocabulary_is_named(complete_toy: Toy, tmp_path: Pat
     path.write_text(json.dumps(tokenizer))
     result = run(complete_toy.folder, "-t", "onnxruntime", "-o", tmp_path / "out", "--store", tmp_path / "store")
     assert_refused(result, code=3, says="has token 2048 ('<|tool|>'), the model's vocabulary ends at 2047")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", "int4"),
+        ("model.layers.1.mlp.up_proj.weight", "fp16"),
+        ("model.layers.1.mlp.up_proj.weight", "fp32"),
+        ("model.layers.1.input_layernorm.weight", "int4"),
+        ("model.embed_tokens.weight", "fp32"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named(
+    name: str, precision: str, value: float, complete_toy: Toy, tmp_path: Path
+) -> None:
+    tensors = load_file(complete_toy.folder / "model.safetensors")
+    tensors[name].view(-1)[5] = value
+    save_file(tensors, complete_toy.folder / "model.safetensors")
+    words = ["-t", "onnxruntime", "-p", precision, "-o", tmp_path / "out", "--store", tmp_path / "store"]
+    words += ["--calibration", "none"] if precision == "int4" else []
+    result = run(complete_toy.folder, *words)
+    assert_refused(result, code=3, says=f"{name} holds values that are not finite")
     assert not (tmp_path / "out").exists()
 
 
