@@ -56,5 +56,5 @@ def open_checkpoint(folder: Path, *, adapter: Path | None = None) -> Checkpoint:
     spec = read_spec(folder)
     tensors = huggingface.map_tensors(folder, spec)
     if adapter:
-        tensors = with_adapter(tensors, adapter)
+        tensors = with_adapter(tensors, spec, adapter)
     return Checkpoint(folder=folder, spec=spec, tensors=tensors, described_by=folder / huggingface.DESCRIPTION)

@@ -21,7 +21,7 @@ from exporter.checkpoint.config import read_json
 from exporter.checkpoint.huggingface import map_pickle, map_safetensors
 from exporter.checkpoint.tensors import LazyTensor
 from exporter.errors import InputError
-from exporter.spec import HEAD
+from exporter.spec import EMBEDDING, HEAD, ModelSpec
 
 CONFIG = "adapter_config.json"
 _FILES = {"adapter_model.safetensors": map_safetensors, "adapter_model.bin": map_pickle}
@@ -39,7 +39,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 _FACTOR = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B)(?:\.weight)?")
 _PREFIX = "base_model.model."
-_SAVED = ".modules_to_save"
+_SAVED = re.compile(r"\.(modules_to_save|base_layer)(?=\.)")
+"""In names of what was saved whole: a module that was trained so, or the base's embedding beside its factors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class MergedTensor:
         return self.base.read().float() + self.scale * (added.T if self.is_table else added)
 
 
-def with_adapter(tensors: Mapping[str, LazyTensor], folder: Path) -> dict[str, LazyTensor]:
+def with_adapter(tensors: Mapping[str, LazyTensor], spec: ModelSpec, folder: Path) -> dict[str, LazyTensor]:
     """``tensors`` of a base with the adapter in ``folder`` merged in. Raises InputError for one that is none, that adds
     in a way that is not known, or to another model."""
     config = _read_config(folder)
@@ -85,13 +86,18 @@ def with_adapter(tensors: Mapping[str, LazyTensor], folder: Path) -> dict[str, L
         if factor:
             pairs.setdefault(factor[1], {})[factor[2]] = tensor
         else:
-            place = _base_name(name.replace(_SAVED, ""), stored, tensors, folder)
+            place = _base_name(_SAVED.sub("", name), stored, tensors, folder)
             merged[place] = _of_shape(tensor, tensors[place].shape, stored, folder)
     for module, factors in pairs.items():
         name = _base_name(f"{module}.weight", module, tensors, folder)
         merged[name] = _merge(name, module, factors, merged[name], config, folder)
     if merged == dict(tensors):
         raise InputError(f"{folder} changes nothing", hint=_LAYOUT)
+    if spec.tie_word_embeddings and merged[EMBEDDING] is not tensors[EMBEDDING]:
+        raise InputError(
+            f"{folder} changes the embedding, which the model ties to its head: it was trained with the head as it was",
+            hint="merge it with PEFT into a model whose tie_word_embeddings is false, and name that",
+        )
     return merged
 
 

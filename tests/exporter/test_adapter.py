@@ -55,7 +55,7 @@ def shapes_of(toy: Toy, *modules: str) -> dict[str, tuple[int, ...]]:
 
 
 def test_the_model_answers_as_transformers_with_the_factors_added(make_toy: Callable[..., Toy], tmp_path: Path) -> None:
-    toy = make_toy()
+    toy = make_toy(tie_word_embeddings=False)
     tensors = factors(shapes_of(toy, Q, DOWN, TABLE))
     adapter = write_adapter(tmp_path / "lora", tensors)
     parameters = dict(toy.model.named_parameters())
@@ -101,15 +101,17 @@ def test_the_scale_is_that_of_the_config(
 
 def test_what_was_trained_whole_takes_the_place_of_the_base(make_toy: Callable[..., Toy], tmp_path: Path) -> None:
     toy = make_toy(tie_word_embeddings=False)
-    head, norm = random(96, 64, seed=3), random(64, seed=4)
+    head, norm, table = random(96, 64, seed=3), random(64, seed=4), random(96, 64, seed=5)
     tensors = {
         "base_model.model.lm_head.modules_to_save.weight": head,
         "base_model.model.model.norm.weight": norm,
+        f"base_model.model.{TABLE}.base_layer.weight": table,
         **factors(shapes_of(toy, Q)),
     }
     checkpoint = open_checkpoint(toy.folder, adapter=write_adapter(tmp_path / "lora", tensors))
     assert torch.equal(checkpoint.read("lm_head.weight"), head)
     assert torch.equal(checkpoint.read("model.norm.weight"), norm)
+    assert torch.equal(checkpoint.read(f"{TABLE}.weight"), table)
 
 
 def test_alpha_alone_makes_another_model(make_toy: Callable[..., Toy], tmp_path: Path) -> None:
@@ -154,6 +156,9 @@ def test_an_adapter_of_another_model_is_refused(make_toy: Callable[..., Toy], tm
     head = write_adapter(tmp_path / "head", factors({"lm_head": (96, 64)}))
     with pytest.raises(InputError, match="changes the head alone, but the model ties it"):
         open_checkpoint(toy.folder, adapter=head)
+    table = write_adapter(tmp_path / "table", factors(shapes_of(toy, TABLE)))
+    with pytest.raises(InputError, match="changes the embedding, which the model ties to its head"):
+        open_checkpoint(toy.folder, adapter=table)
     grown = write_adapter(tmp_path / "grown", {"base_model.model.model.embed_tokens.weight": random(100, 64, seed=1)})
     with pytest.raises(InputError, match=r"embed_tokens.weight has shape \[100, 64\], the checkpoint wants \[96, 64\]"):
         open_checkpoint(toy.folder, adapter=grown)
