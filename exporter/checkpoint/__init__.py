@@ -11,8 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from exporter.checkpoint import huggingface
-from exporter.checkpoint.config import read_spec
+from exporter.checkpoint import config, huggingface, meta
 from exporter.checkpoint.tensors import LazyTensor
 from exporter.files import sha256
 from exporter.spec import ModelSpec
@@ -49,8 +48,14 @@ class Checkpoint:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read config and tensor headers of a checkpoint and check them against each other. Raises InputError."""
-    spec = read_spec(folder)
-    tensors = huggingface.map_tensors(folder, spec)
-    return Checkpoint(folder=folder, spec=spec, tensors=tensors, described_by=folder / huggingface.DESCRIPTION)
+def read_spec(path: Path) -> ModelSpec:
+    """The ModelSpec of a checkpoint of any format, read without its weights. Raises InputError."""
+    return meta.read_spec(path) if meta.is_meta(path) else config.read_spec(path)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read description and tensor headers of a checkpoint and check them against each other. Raises InputError."""
+    layout = meta if meta.is_meta(path) else huggingface
+    spec = read_spec(path)
+    tensors = layout.map_tensors(path, spec)
+    return Checkpoint(folder=path, spec=spec, tensors=tensors, described_by=path / layout.DESCRIPTION)
