@@ -54,9 +54,10 @@ SPECIAL_TOKENS = _special_tokens()
 
 _SPACE = "\u2581"
 """What SentencePiece writes for a space."""
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 """sentencepiece_model.proto, ``ModelProto.SentencePiece.Type``."""
 _BPE = 2
+_OTHER_LAYOUT = "only tokenizers with Llama's settings are converted: take the model in Hugging Face layout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +118,8 @@ def read_vocabulary(file: Path) -> SentencePiece | TikToken:
 
 def write_tokenizer(checkpoint_folder: Path, folder: Path) -> None:
     """``tokenizer.json`` and ``tokenizer_config.json`` of a folder in Meta's layout, as a new ``folder``, whole or not
-    at all. The spelling of a special token in a text is that token, as in the releases in Hugging Face layout; Meta's
-    own programs take it for text. Raises InputError."""
+    at all. The spelling of a special token in a text is that token, as rendered conversations need it; Meta's own
+    programs take it for text. Raises InputError."""
     vocabulary = read_vocabulary(checkpoint_folder / TOKENIZER)
     tokenizer, config = _of_pieces(vocabulary) if isinstance(vocabulary, SentencePiece) else _of_ranks(vocabulary)
     with folder_in_progress(folder.parent, folder.name) as made:
@@ -128,8 +129,8 @@ def write_tokenizer(checkpoint_folder: Path, folder: Path) -> None:
 
 
 def _of_pieces(model: SentencePiece) -> tuple[Tokenizer, dict[str, Any]]:
-    """As ``LlamaConverter`` of transformers and the releases of Llama 2 in Hugging Face layout; but control tokens and
-    bytes come of no merge."""
+    """As ``LlamaConverter`` of transformers and the releases of Llama 2 in Hugging Face layout; but ``<unk>`` in a
+    text, as WikiText has it, is text, and control tokens and bytes come of no merge."""
     ids = {piece.text: id for id, piece in enumerate(model.pieces)}
     merges = _merges(
         {piece.text: -piece.score for piece in model.pieces if piece.kind == _NORMAL},
@@ -144,17 +145,14 @@ def _of_pieces(model: SentencePiece) -> tuple[Tokenizer, dict[str, Any]]:
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *stripped]
     )
     for piece in model.pieces:
-        if piece.kind in (_UNKNOWN, _CONTROL):
+        if piece.kind == _CONTROL:
             tokenizer.add_special_tokens([AddedToken(piece.text, normalized=False, special=True)])
-        elif piece.kind == _USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(piece.text, normalized=True, special=False)])
     bos, eos = model.pieces[model.bos].text, model.pieces[model.eos[0]].text
     tokenizer.post_processor = _begins_with(bos, id=model.bos)
     return tokenizer, {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": bos,
         "eos_token": eos,
-        "unk_token": unknown,
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
@@ -262,11 +260,15 @@ def _read_pieces(content: bytes, file: Path) -> SentencePiece:
             shown = f"{len(value)} bytes" if isinstance(value, bytes) else value
             raise InputError(
                 f"{file}: {field} is {shown}; known: {known[field] or 'none'}",
-                hint="only tokenizers with Llama's settings are converted: add a tokenizer.json",
+                hint=_OTHER_LAYOUT,
             )
-    kinds = {piece.kind for piece in pieces} - {_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE}
-    if kinds:
-        raise InputError(f"{file}: pieces of kind {min(kinds)} are not known", hint="add a tokenizer.json")
+    others = [piece for piece in pieces if piece.kind not in (_NORMAL, _UNKNOWN, _CONTROL, _BYTE)]
+    if others:
+        raise InputError(
+            f"{file}: piece {others[0].text!r} is of type {others[0].kind}; "
+            "known: normal (1), unknown (2), control (3), byte (6)",
+            hint=_OTHER_LAYOUT,
+        )
     return SentencePiece(pieces=pieces, add_dummy_prefix=bool(normalizer.get(3, 1)), bos=ids["<s>"], eos=(ids["</s>"],))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +14,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
-from exporter.checkpoint import open_checkpoint, read_spec
+from exporter.checkpoint import BUNDLED_MODEL, open_checkpoint, read_spec
+from exporter.checkpoint.meta_tokenizer import SPECIAL_TOKENS, write_tokenizer
+from exporter.cli import app
 from exporter.errors import InputError
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace
 from exporter.spec import ModelSpec, RopeKind
+from exporter.tokenizer import Tokenizer, open_tokenizer
 from tests.conftest import TOY, Toy
 
 ROWS, COLUMNS = 0, 1
@@ -357,3 +364,234 @@ def test_released_params_are_the_models_that_transformers_has(name: str, tmp_pat
         assert (spec.bos_token_id, spec.eos_token_ids) == (128000, (128001, 128008, 128009))
     else:
         assert (spec.bos_token_id, spec.eos_token_ids) == (1, (2,))
+
+
+# Tokenizers
+
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""meta-llama/llama3, llama/tokenizer.py."""
+LINES = [
+    *(line for line in (BUNDLED_MODEL / "evaluation.txt").read_text(encoding="utf-8").splitlines() if line),
+    *["naïve café 你好世界 こんにちは 👍🏽 مرحبا שלום"] * 30,
+    *["    indented   code\treturn  x1234567", "aaaa abab ababab a a a"] * 20,
+]
+NASTY = [
+    *("", " ", "   ", " a", "a ", "  a  b   c", "\t\n x\r\n", "\n\n\n", " " * 33, "a" * 77, "ab" * 50),
+    *(
+        "e\u0301 cafe\u0301",
+        "👍🏽👨‍👩‍👧",
+        "你好,世界",
+        "مرحبا שלום",
+        "1234567 3.14",
+        "\u017f's 'S it'S don't",
+        "\x00\x01",
+    ),
+    *("<0x0A>", "< s>", "<unk>", "<|eot_id", "<|eot_id |>", "\u2581a \u2581", "\u3000x\u00a0y\u2028z\u0085"),
+]
+ALPHABET = [
+    *"   \t\n\r\x00abcdeABES'.,<>|_0123é👍你ا\u0301\u3000\u00a0\u2028\u0085\u017f\u2581",
+    "<|eot",
+    "the",
+    " ab",
+    "<0x41>",
+]
+
+
+def texts() -> list[str]:
+    chosen = random.Random(0)
+    return [
+        *NASTY,
+        *LINES[:100],
+        *("".join(chosen.choices(ALPHABET, k=chosen.randint(1, 60))) for _ in range(1000)),
+    ]
+
+
+def train_sentencepiece(**settings: Any) -> bytes:
+    """A small BPE model with the settings of Llama 2's."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    llama = {
+        "model_type": "bpe",
+        "vocab_size": 1000,
+        "byte_fallback": True,
+        "split_digits": True,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": True,
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "num_threads": 1,
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(LINES), model_writer=model, **{**llama, **settings})
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pieces() -> bytes:
+    return train_sentencepiece()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> dict[bytes, int]:
+    """Of a small byte-level BPE that splits text as Llama 3's does."""
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(models.BPE())
+    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        LINES, trainers.BpeTrainer(vocab_size=900, show_progress=False, initial_alphabet=alphabet)
+    )
+    bytes_of = {letters.pre_tokenize_str(chr(byte))[0][0]: byte for byte in range(128)}
+    high = sorted(set(alphabet) - bytes_of.keys())  # of bytes from 128 on: those shown as they are, then the others
+    shown = [letter for letter in high if ord(letter) < 256]
+    hidden = [byte for byte in range(128, 256) if chr(byte) not in shown]
+    bytes_of |= {letter: ord(letter) for letter in shown}
+    bytes_of |= dict(zip([letter for letter in high if ord(letter) > 255], hidden, strict=True))
+    return {bytes(bytes_of[letter] for letter in token): rank for token, rank in backend.get_vocab().items()}
+
+
+def in_lines(ranks: dict[bytes, int]) -> bytes:
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
+
+
+def converted(model: bytes, folder: Path) -> Tokenizer:
+    (folder / "tokenizer.model").write_bytes(model)
+    write_tokenizer(folder, folder / "converted")
+    return Tokenizer(folder / "converted")
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_ids_are_those_of_sentencepiece(prefix: bool, tmp_path: Path) -> None:
+    import sentencepiece
+
+    model = train_sentencepiece(add_dummy_prefix=prefix)
+    tokenizer, original = converted(model, tmp_path), sentencepiece.SentencePieceProcessor(model_proto=model)
+    for text in texts():
+        ids = original.encode(text)
+        assert tokenizer.encode(text) == [1, *ids], repr(text)
+        assert tokenizer.decode(ids) == original.decode(ids), repr(text)
+    assert tokenizer.encode("a</s>")[-1] == 2
+    assert tokenizer.special_ids == {1, 2}
+
+
+def test_ids_are_those_of_tiktoken(ranks: dict[bytes, int], tmp_path: Path) -> None:
+    import tiktoken
+
+    special = {token: len(ranks) + index for index, token in enumerate(SPECIAL_TOKENS)}
+    original = tiktoken.Encoding("llama3", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    tokenizer = converted(in_lines(ranks), tmp_path)
+    for text in [*texts(), "<|eot_id|>a <|python_tag|><|begin_of_text|> <|reserved_special_token_247|>"]:
+        ids = original.encode(text, allowed_special="all")
+        assert tokenizer.encode(text) == [len(ranks), *ids], repr(text)
+        if "<|eot_id|>" not in text:
+            assert tokenizer.decode(ids) == text
+    assert tokenizer.special_ids == set(special.values())
+
+
+def test_special_tokens_of_llama3_have_their_places() -> None:
+    """As in tokenizer_config.json of Llama 3.1 in Hugging Face layout."""
+    places = {
+        "<|begin_of_text|>": 0,
+        "<|end_of_text|>": 1,
+        "<|reserved_special_token_0|>": 2,
+        "<|reserved_special_token_1|>": 3,
+        "<|finetune_right_pad_id|>": 4,
+        "<|reserved_special_token_2|>": 5,
+        "<|start_header_id|>": 6,
+        "<|end_header_id|>": 7,
+        "<|eom_id|>": 8,
+        "<|eot_id|>": 9,
+        "<|python_tag|>": 10,
+        "<|reserved_special_token_3|>": 11,
+        "<|reserved_special_token_247|>": 255,
+    }
+    assert {token: SPECIAL_TOKENS.index(token) for token in places} == places
+    assert len(set(SPECIAL_TOKENS)) == 256
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"model_type": "unigram"}, "model_type is 1; known: 2"),
+        ({"byte_fallback": False}, "<0x00>"),
+        ({"normalization_rule_name": "nfkc"}, "precompiled_charsmap is "),
+        ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces is 1; known: none"),
+        ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix is 1; known: none"),
+        ({"user_defined_symbols": ["<PRE>"]}, "piece '<PRE>' is of type 4; known: normal (1)"),
+    ],
+)
+def test_a_sentencepiece_model_with_other_settings_is_refused(
+    settings: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=re.escape(says)):
+        converted(train_sentencepiece(**settings), tmp_path)
+    assert not (tmp_path / "converted").exists()
+
+
+def test_a_tokenizer_that_is_none_is_told(pieces: bytes, ranks: dict[bytes, int], tmp_path: Path) -> None:
+    lines = in_lines(ranks)
+    for content in (b"", b"a text", pieces[:-7], pieces[:5000], lines[:-4], lines[:3000], lines + b"YWI= 7\n"):
+        with pytest.raises(InputError, match="is neither a whole SentencePiece model nor a whole file of tiktoken"):
+            converted(content, tmp_path)
+
+
+def test_a_tokenizer_is_converted_once(meta: Path, pieces: bytes, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with pytest.raises(InputError, match=r"has no tokenizer.model"):
+        open_tokenizer(meta, cache=cache)
+    (meta / "tokenizer.model").write_bytes(pieces)
+    first = open_tokenizer(meta, cache=cache)
+    assert {path.name for path in first.folder.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    written = (first.folder / "tokenizer.json").stat().st_mtime_ns
+    again = open_tokenizer(meta, cache=cache)
+    assert (again.folder, (again.folder / "tokenizer.json").stat().st_mtime_ns) == (first.folder, written)
+    assert [path.name for path in cache.iterdir()] == [first.folder.name]
+    (meta / "tokenizer.model").write_bytes(train_sentencepiece(vocab_size=900))
+    assert open_tokenizer(meta, cache=cache).folder != first.folder
+    assert open_tokenizer(BUNDLED_MODEL, cache=cache).folder == BUNDLED_MODEL
+
+
+def test_special_tokens_and_size_follow_from_the_tokenizer(meta: Path, pieces: bytes, ranks: dict[bytes, int]) -> None:
+    set_param(meta, vocab_size=-1)
+    (meta / "tokenizer.model").write_bytes(pieces)
+    spec = read_spec(meta)
+    assert (spec.vocab_size, spec.bos_token_id, spec.eos_token_ids) == (1000, 1, (2,))
+    (meta / "tokenizer.model").write_bytes(in_lines(ranks))
+    spec = read_spec(meta)
+    assert (spec.vocab_size, spec.bos_token_id, spec.eos_token_ids) == (1156, 900, (901, 908, 909))
+    set_param(meta, vocab_size=905)
+    assert read_spec(meta).eos_token_ids == (901,)
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken"])
+def test_a_folder_of_metas_is_exported_and_proven(
+    kind: str, pieces: bytes, ranks: dict[bytes, int], make_toy: Callable[..., Toy], tmp_path: Path
+) -> None:
+    vocab_size = 1000 if kind == "sentencepiece" else 1156
+    toy = make_toy(vocab_size=vocab_size, tie_word_embeddings=False)
+    folder = write_meta(toy, tmp_path / "meta", shards=2, vocab_size=-1)
+    (folder / "tokenizer.model").write_bytes(pieces if kind == "sentencepiece" else in_lines(ranks))
+    (folder / "LICENSE").write_text("terms")
+    out, store = str(tmp_path / "out"), str(tmp_path / "store")
+    words = [str(folder), "-t", "onnxruntime", "-p", "fp32", "--context", "64", "-o", out, "--store", store]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    bundle = tmp_path / "out" / "onnxruntime"
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert {manifest[verdict]["verdict"] for verdict in ("codes", "parity", "quality", "latency")} == {"passed"}
+    text = "The people of the United States 👍"
+    cached = open_tokenizer(folder, cache=tmp_path / "store")
+    assert Tokenizer(bundle).encode(text) == cached.encode(text)
+    assert (bundle / "LICENSE").read_text() == "terms"
+    done = CliRunner().invoke(app, ["validate", str(bundle), "--against", str(folder), "--store", store])
+    assert done.exit_code == 0, done.output
