@@ -104,18 +104,22 @@ class Goldens:
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Tokenizer, chat template, generation config, licence and notices of the source, as they are; and the template as
-    a format, where it can be told as one."""
+    """Tokenizer, chat template and generation config, as they are; and the template as a format, where it can be told
+    as one."""
     for name in FILES:
         if (tokenizer.folder / name).exists():
             shutil.copyfile(tokenizer.folder / name, folder / name)
-    for pattern in _LICENCES:
-        for path in sorted(tokenizer.folder.glob(pattern)):
-            shutil.copyfile(path, folder / path.name)
     if tokenizer.chat_template:
         (folder / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
         if found := find_format(partial(tokenizer.render, date=GOLDEN_DATE)):
             write_json(folder / CHAT_FORMAT, asdict(found))
+
+
+def copy_licences(checkpoint: Checkpoint, folder: Path) -> None:
+    """Licence and notices of the source, as they are."""
+    for pattern in _LICENCES:
+        for path in sorted(checkpoint.folder.glob(pattern)):
+            shutil.copyfile(path, folder / path.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from exporter.bisect import Bisection, compare_ops
 from exporter.bundle import (
     Goldens,
     Verdicts,
+    copy_licences,
     copy_tokenizer,
     describe_bundle,
     is_bundle,
@@ -75,7 +76,7 @@ from exporter.spec import (
 )
 from exporter.store import StoreKey, WeightStore
 from exporter.texts import Texts, as_recorded, check_recorded, read_texts
-from exporter.tokenizer import Tokenizer
+from exporter.tokenizer import Tokenizer, open_tokenizer
 from targets.base import Target, arithmetic_for
 
 REPORT = "report.html"
@@ -136,7 +137,7 @@ def export(plan: Plan, progress: Progress) -> list[Outcome]:
     """
     progress.stage("reading the checkpoint")
     checkpoint = open_checkpoint(plan.checkpoint, adapter=plan.adapter)
-    tokenizer = Tokenizer(checkpoint.folder)
+    tokenizer = open_tokenizer(plan.checkpoint, cache=plan.store)
     chosen = {label: targets.load(label) for label in plan.targets}
     refuse_early(plan, checkpoint.spec, chosen)
     tokenizer.refuse_beyond(checkpoint.spec.vocab_size)
@@ -240,6 +241,7 @@ def _make_bundle(
     progress.stage(f"{label}: lowering")
     artifact = target.lower(graph, store, plan, folder)
     copy_tokenizer(material.tokenizer, folder)
+    copy_licences(store.checkpoint, folder)
     write_recipe(folder, plan, target=label)
     if graph.spec.is_large:
         give_back_memory()

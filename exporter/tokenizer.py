@@ -7,7 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from exporter.checkpoint import meta
+from exporter.checkpoint.meta_tokenizer import TOKENIZER, write_tokenizer
 from exporter.errors import InputError
+from exporter.files import sha256
 
 FILES = (
     "tokenizer.json",
@@ -18,6 +21,8 @@ FILES = (
 )
 """What a loader may want beside the artifact, copied as it is where the checkpoint has it."""
 CHAT_TEMPLATE = "chat_template.jinja"
+_CONVERSION = 1
+"""Counts the changes of what ``write_tokenizer`` writes, so that what an older one wrote is not found again."""
 
 
 class Tokenizer:
@@ -134,3 +139,16 @@ class Tokenizer:
                 hint="give messages in the order and the roles that this model was trained with",
             ) from error
         return text
+
+
+def open_tokenizer(checkpoint: Path, *, cache: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint of any format. One that has to be converted is converted once, into a folder of
+    ``cache``. Raises InputError."""
+    if not meta.is_meta(checkpoint) or (checkpoint / "tokenizer.json").exists():
+        return Tokenizer(checkpoint)
+    if not (checkpoint / TOKENIZER).exists():
+        raise InputError(f"{checkpoint} has no {TOKENIZER}", hint="download it into this folder")
+    folder = cache / f"tokenizer-{_CONVERSION}-{sha256(checkpoint / TOKENIZER)[:16]}"
+    if not folder.exists():
+        write_tokenizer(checkpoint, folder)
+    return Tokenizer(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from exporter.checkpoint import huggingface
+from exporter.checkpoint import config, huggingface, meta
 from exporter.checkpoint.adapter import with_adapter
-from exporter.checkpoint.config import read_spec
 from exporter.checkpoint.tensors import LazyTensor
 from exporter.files import sha256
 from exporter.spec import ModelSpec
@@ -50,11 +49,50 @@ class Checkpoint:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def open_checkpoint(folder: Path, *, adapter: Path | None = None) -> Checkpoint:
-    """Read config and tensor headers of a checkpoint and check them against each other; ``adapter`` is a folder of PEFT
-    that is merged in. Raises InputError."""
-    spec = read_spec(folder)
-    tensors = huggingface.map_tensors(folder, spec)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Format:
+    """One way in which checkpoints lie on disk."""
+
+    is_it: Callable[[Path], bool]
+    read_spec: Callable[[Path], ModelSpec]
+    map_tensors: Callable[[Path, ModelSpec], dict[str, LazyTensor]]
+    described_by: Callable[[Path], Path]
+    """The file that the spec is read from."""
+
+
+_FORMATS = (
+    _Format(
+        is_it=meta.is_meta,
+        read_spec=meta.read_spec,
+        map_tensors=meta.map_tensors,
+        described_by=lambda folder: folder / meta.DESCRIPTION,
+    ),
+    _Format(
+        is_it=lambda _: True,  # whose errors say what was looked for
+        read_spec=config.read_spec,
+        map_tensors=huggingface.map_tensors,
+        described_by=lambda folder: folder / huggingface.DESCRIPTION,
+    ),
+)
+"""The first that it is counts."""
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """What the model of a checkpoint is, read without its weights. Raises InputError."""
+    return _format_of(path).read_spec(path)
+
+
+def open_checkpoint(path: Path, *, adapter: Path | None = None) -> Checkpoint:
+    """Read description and tensor headers of a checkpoint and check them against each other; ``adapter`` is a folder of
+    PEFT that is merged in. Raises InputError."""
+    found = _format_of(path)
+    spec = found.read_spec(path)
+    tensors = found.map_tensors(path, spec)
     if adapter:
         tensors = with_adapter(tensors, spec, adapter)
-    return Checkpoint(folder=folder, spec=spec, tensors=tensors, described_by=folder / huggingface.DESCRIPTION)
+    folder = path if path.is_dir() else path.parent
+    return Checkpoint(folder=folder, spec=spec, tensors=tensors, described_by=found.described_by(path))
+
+
+def _format_of(path: Path) -> _Format:
+    return next(known for known in _FORMATS if known.is_it(path))
