@@ -194,8 +194,7 @@ def export(
 ) -> None:
     """Export a checkpoint for one or more targets, and prove each artifact against the model."""
     with reporting() as progress:
-        from exporter.checkpoint import BUNDLED_MODEL
-        from exporter.checkpoint.config import read_spec
+        from exporter.checkpoint import BUNDLED_MODEL, read_spec
         from exporter.forecast import PALETTES_MAY_CRASH
         from exporter.pipeline import export as run
         from exporter.planning import plan, settle

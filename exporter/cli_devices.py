@@ -52,8 +52,7 @@ def plan(
     """Foresee an export from the checkpoint's config alone: size, memory on the device, speed, cost (exit 5: it will
     not fit)."""
     with reporting() as progress:
-        from exporter.checkpoint import BUNDLED_MODEL
-        from exporter.checkpoint.config import read_spec
+        from exporter.checkpoint import BUNDLED_MODEL, read_spec
         from exporter.devices import find_device
         from exporter.forecast import foresee, refuse_what_does_not_fit
         from exporter.planning import plan as make_plan

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import targets
-from exporter.checkpoint.config import read_spec
+from exporter.checkpoint import read_spec
 from exporter.devices import find_device
 from exporter.errors import UsageError
 from exporter.forecast import fitting_context, is_roomy_for_int8, serving

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from exporter.checkpoint import huggingface
-from exporter.checkpoint.config import read_spec
+from exporter.checkpoint import config, gguf_file, huggingface
 from exporter.checkpoint.tensors import LazyTensor
 from exporter.files import sha256
 from exporter.spec import ModelSpec
@@ -49,8 +48,20 @@ class Checkpoint:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read config and tensor headers of a checkpoint and check them against each other. Raises InputError."""
-    spec = read_spec(folder)
-    tensors = huggingface.map_tensors(folder, spec)
-    return Checkpoint(folder=folder, spec=spec, tensors=tensors, described_by=folder / huggingface.DESCRIPTION)
+def read_spec(path: Path) -> ModelSpec:
+    """What the model of a checkpoint is, whatever format it has. Raises InputError."""
+    if gguf_file.is_gguf(path):
+        return gguf_file.read_spec(gguf_file.read_header(path))
+    return config.read_spec(path)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read description and tensor headers of a checkpoint and check them against each other. Raises InputError."""
+    if gguf_file.is_gguf(path):
+        header = gguf_file.read_header(path)
+        spec = gguf_file.read_spec(header)
+        tensors = gguf_file.map_tensors(header, spec)
+        return Checkpoint(folder=header.file.parent, spec=spec, tensors=tensors, described_by=header.file)
+    spec = config.read_spec(path)
+    tensors = huggingface.map_tensors(path, spec)
+    return Checkpoint(folder=path, spec=spec, tensors=tensors, described_by=path / huggingface.DESCRIPTION)
