@@ -75,7 +75,7 @@ from exporter.spec import (
 )
 from exporter.store import StoreKey, WeightStore
 from exporter.texts import Texts, as_recorded, check_recorded, read_texts
-from exporter.tokenizer import Tokenizer
+from exporter.tokenizer import Tokenizer, open_tokenizer
 from targets.base import Target, arithmetic_for
 
 REPORT = "report.html"
@@ -136,7 +136,7 @@ def export(plan: Plan, progress: Progress) -> list[Outcome]:
     """
     progress.stage("reading the checkpoint")
     checkpoint = open_checkpoint(plan.checkpoint)
-    tokenizer = Tokenizer(checkpoint.folder)
+    tokenizer = open_tokenizer(plan.checkpoint, cache=plan.store)
     chosen = {label: targets.load(label) for label in plan.targets}
     refuse_early(plan, checkpoint.spec, chosen)
 

@@ -123,3 +123,14 @@ class Tokenizer:
                 hint="give messages in the order and the roles that this model was trained with",
             ) from error
         return text
+
+
+def open_tokenizer(checkpoint: Path, *, cache: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint of any format; one without tokenizer.json has it made in a folder below ``cache``.
+
+    Raises InputError.
+    """
+    from exporter.checkpoint.gguf_file import is_gguf
+    from exporter.checkpoint.gguf_tokenizer import cached_tokenizer
+
+    return Tokenizer(cached_tokenizer(checkpoint, cache) if is_gguf(checkpoint) else checkpoint)

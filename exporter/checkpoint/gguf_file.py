@@ -39,6 +39,7 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _QUANTIZED = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0"),
 )
 """Types that ``gguf.dequantize`` takes."""
 
@@ -89,6 +90,8 @@ _END_TOKENS = ("eos", "eot", "eom")
 _END_TEXTS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>", "</s>")
 """Control tokens that llama.cpp ends an answer at, whatever the metadata says (``special_eog_ids``); of those that it
 knows, the ones of Llama models."""
+_SENTENCEPIECE_TOKENS = {"unknown": 0, "bos": 1, "eos": 2}
+"""What llama.cpp takes for a SentencePiece vocabulary whose file does not tell."""
 CONTROL = 3
 """The type, in ``tokenizer.ggml.token_type``, of a token that stands for no text."""
 
@@ -256,6 +259,18 @@ def token_types_of(header: Header) -> tuple[int, ...]:
             hint=COPY_AGAIN,
         )
     return tuple(types)
+
+
+def special_token(header: Header, kind: str) -> int | None:
+    """The id of a token by its kind: bos, eos, ... Raises InputError for one that is none."""
+    field = f"tokenizer.ggml.{kind}_token_id"
+    default = _SENTENCEPIECE_TOKENS.get(kind) if header.fields.get("tokenizer.ggml.model") == "llama" else None
+    value = header.fields.get(field, default)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _wrong(header, field, value, wanted="a token id")
+    return value
 
 
 class _Parser:
@@ -470,8 +485,8 @@ def _read_rope(header: Header) -> RopeSpec:
 
 def _special_tokens(header: Header) -> tuple[int | None, tuple[int, ...]]:
     """The begin token, and every stop token: the metadata's own first, then those known by their text."""
-    bos = _token(header, "bos")
-    ends = [token for kind in _END_TOKENS if (token := _token(header, kind)) is not None]
+    bos = special_token(header, "bos")
+    ends = [token for kind in _END_TOKENS if (token := special_token(header, kind)) is not None]
     if isinstance(header.fields.get("tokenizer.ggml.tokens"), tuple):
         types = token_types_of(header)
         ends += [
@@ -484,16 +499,6 @@ def _special_tokens(header: Header) -> tuple[int | None, tuple[int, ...]]:
 
 def _vocabulary(header: Header) -> int:
     return _integer(header, "vocab_size") if "llama.vocab_size" in header.fields else len(tokens_of(header))
-
-
-def _token(header: Header, kind: str) -> int | None:
-    field = f"tokenizer.ggml.{kind}_token_id"
-    value = header.fields.get(field)
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise _wrong(header, field, value, wanted="a token id")
-    return value
 
 
 def _integer(header: Header, name: str, *, default: int | None = None) -> int:
