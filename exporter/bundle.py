@@ -144,7 +144,7 @@ def describe_bundle(
     scheme, arithmetic = artifact.scheme, artifact.arithmetic
     return {
         "schema": SCHEMA,
-        "model": {**asdict(artifact.spec), "parameters": artifact.spec.parameters},
+        "model": _model(artifact.spec),
         "source": {"sha256": checkpoint.sha256},
         "precision": scheme.body.value,
         "scheme": {
@@ -262,7 +262,7 @@ def _artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
         path=path,
         spec=ModelSpec(
             **{**model, "eos_token_ids": tuple(model["eos_token_ids"])},
-            rope=RopeSpec(**{**rope, "kind": RopeKind(rope["kind"])}),
+            rope=RopeSpec(**{**rope, "kind": RopeKind(rope["kind"]), "factors": tuple(rope.get("factors", ()))}),
         ),
         scheme=WeightScheme(
             body=Precision(scheme["weights"]),
@@ -285,6 +285,13 @@ def _artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
         logits=Logits(manifest["logits"]),
         prefer=Prefer(manifest["prefer"]),
     )
+
+
+def _model(spec: ModelSpec) -> dict[str, Any]:
+    model = asdict(spec)
+    if not spec.rope.factors:
+        del model["rope"]["factors"]
+    return {**model, "parameters": spec.parameters}
 
 
 def write_json(path: Path, content: object) -> None:

@@ -23,6 +23,8 @@ class RopeKind(StrEnum):
     DEFAULT = "default"
     LINEAR = "linear"
     LLAMA3 = "llama3"
+    FACTORS = "factors"
+    """Each frequency divided by a factor of its own, as GGUF files have llama3's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,14 @@ class RopeSpec:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_max_position_embeddings: float = 0.0
+    factors: tuple[float, ...] = ()
+    """Of kind ``factors``: head_dim / 2 of them."""
+
+    def __post_init__(self) -> None:
+        if bool(self.factors) != (self.kind is RopeKind.FACTORS):
+            raise ValueError(f"RoPE of kind {self.kind} has {len(self.factors)} factors")
+        if not all(math.isfinite(factor) and factor > 0 for factor in self.factors):
+            raise ValueError("RoPE has a factor that is no positive number")
 
 
 _SIZES = (
@@ -75,6 +85,10 @@ class ModelSpec:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary embedding turns pairs of channels")
+        if self.rope.factors and len(self.rope.factors) != self.head_dim // 2:
+            raise ValueError(
+                f"RoPE has {len(self.rope.factors)} factors, half of head_dim ({self.head_dim}) was expected"
+            )
 
     def weights(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every stored tensor, in the order of the model; a tied head is not one of them."""

@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint import meta
+from exporter.checkpoint import gguf_file, meta
+from exporter.checkpoint.gguf_tokenizer import cached_tokenizer
 from exporter.checkpoint.meta_tokenizer import TOKENIZER, write_tokenizer
 from exporter.errors import InputError
 from exporter.files import sha256
@@ -144,6 +145,8 @@ class Tokenizer:
 def open_tokenizer(checkpoint: Path, *, cache: Path) -> Tokenizer:
     """The tokenizer of a checkpoint of any format. One that has to be converted is converted once, into a folder of
     ``cache``. Raises InputError."""
+    if gguf_file.is_gguf(checkpoint):
+        return Tokenizer(cached_tokenizer(checkpoint, cache))
     if not meta.is_meta(checkpoint) or (checkpoint / "tokenizer.json").exists():
         return Tokenizer(checkpoint)
     if not (checkpoint / TOKENIZER).exists():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from exporter.checkpoint import config, huggingface, meta
+from exporter.checkpoint import config, gguf_file, huggingface, meta
 from exporter.checkpoint.adapter import with_adapter
 from exporter.checkpoint.tensors import LazyTensor
 from exporter.files import sha256
@@ -61,6 +61,12 @@ class _Format:
 
 
 _FORMATS = (
+    _Format(
+        is_it=gguf_file.is_gguf,
+        read_spec=lambda path: gguf_file.read_spec(gguf_file.read_header(path)),
+        map_tensors=lambda path, spec: gguf_file.map_tensors(gguf_file.read_header(path), spec),
+        described_by=lambda path: gguf_file.read_header(path).file,
+    ),
     _Format(
         is_it=meta.is_meta,
         read_spec=meta.read_spec,

@@ -51,7 +51,8 @@ def read_spec(folder: Path) -> ModelSpec:
         found = "a file" if folder.exists() else "nothing"
         raise InputError(f"checkpoint {folder}: found {found}, a folder was expected", hint=_LAYOUT)
     path = folder / "config.json"
-    config = read_json(path)
+    several = sorted(file.name for file in folder.glob("*.gguf"))
+    config = read_json(path, missing=f"name one of {', '.join(several)}" if several else _LAYOUT)
     for field, known in _ONLY.items():
         if config.get(field, known[0]) not in known:
             raise _unknown(
@@ -101,8 +102,8 @@ def _read_rope(path: Path, config: Mapping[str, Any]) -> RopeSpec:
     parameters = dict(modern or scaling or {})
     theta = parameters.pop("rope_theta", None) or config.get("rope_theta", 10_000.0)
     spelled = [parameters.pop(key) for key in ("rope_type", "type") if key in parameters] or ["default"]
-    if any(kind != spelled[0] for kind in spelled) or spelled[0] not in set(RopeKind):
-        raise _unknown(path, f"{field}.rope_type", spelled[0], known=[kind.value for kind in RopeKind])
+    if any(kind != spelled[0] for kind in spelled) or spelled[0] not in set(_ROPE_KEYS):
+        raise _unknown(path, f"{field}.rope_type", spelled[0], known=[kind.value for kind in _ROPE_KEYS])
     kind = RopeKind(spelled[0])
     unknown, missing = parameters.keys() - _ROPE_KEYS[kind], _ROPE_KEYS[kind] - parameters.keys()
     if unknown:
@@ -113,7 +114,7 @@ def _read_rope(path: Path, config: Mapping[str, Any]) -> RopeSpec:
             f"{path}: {field} of kind {kind} lacks {', '.join(sorted(missing))}",
             hint="copy config.json from the original model",
         )
-    numbers = {key: _number(path, parameters, key) for key in parameters}
+    numbers: dict[str, Any] = {key: _number(path, parameters, key) for key in parameters}
     return RopeSpec(theta=_number(path, {"rope_theta": theta}, "rope_theta"), kind=kind, **numbers)
 
 

@@ -45,7 +45,7 @@ _FIELDS = {
 }
 _WITHOUT_EFFECT = {"max_batch_size"}
 
-_SCALED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0}
+_SCALED: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0}
 """meta-llama/llama-models, models/llama3/model.py, ``apply_scaling``."""
 _SCALED_FACTOR = 8.0
 _SMALL_FACTOR = 32.0

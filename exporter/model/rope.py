@@ -16,7 +16,8 @@ def inverse_frequencies(rope: RopeSpec, *, head_dim: int) -> Tensor:
     Computed in float32 in the order of operations of transformers, and so bit-equal to it: at position 2,048 one
     unit in the last place of a frequency is already 1e-4 radians. ``llama3``: wavelengths longer than
     ``original / low_freq_factor`` are stretched by ``factor``, those shorter than ``original / high_freq_factor``
-    kept, those between blended linearly (``apply_scaling`` in Meta's Llama 3.1 reference code).
+    kept, those between blended linearly (``apply_scaling`` in Meta's Llama 3.1 reference code). ``factors``: divided by
+    them (``ggml_rope_ext`` of llama.cpp).
     """
     with torch.device("cpu"):
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
@@ -25,6 +26,8 @@ def inverse_frequencies(rope: RopeSpec, *, head_dim: int) -> Tensor:
             return plain
         if rope.kind is RopeKind.LINEAR:
             return plain / rope.factor
+        if rope.kind is RopeKind.FACTORS:
+            return plain / torch.tensor(rope.factors)
         original, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
         wavelengths = 2 * math.pi / plain
         stretched = torch.where(wavelengths > original / low, plain / rope.factor, plain)
