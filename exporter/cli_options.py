@@ -9,7 +9,9 @@ import typer
 
 CheckpointArgument = Annotated[
     Path | None,
-    typer.Argument(help="Folder in Hugging Face layout. Default: the bundled trained model.", show_default=False),
+    typer.Argument(
+        help="Folder in the layout of Hugging Face or of Meta. Default: the bundled trained model.", show_default=False
+    ),
 ]
 StoreOption = Annotated[
     Path | None,
