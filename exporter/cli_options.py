@@ -10,7 +10,8 @@ import typer
 CheckpointArgument = Annotated[
     Path | None,
     typer.Argument(
-        help="Folder in Hugging Face layout, or a GGUF file. Default: the bundled trained model.", show_default=False
+        help="Folder in the layout of Hugging Face or of Meta, or a GGUF file. Default: the bundled trained model.",
+        show_default=False,
     ),
 ]
 StoreOption = Annotated[

@@ -150,7 +150,7 @@ def _of_pieces(model: SentencePiece) -> tuple[Tokenizer, dict[str, Any]]:
     bos, eos = model.pieces[model.bos].text, model.pieces[model.eos[0]].text
     tokenizer.post_processor = _begins_with(bos, id=model.bos)
     return tokenizer, {
-        "tokenizer_class": "LlamaTokenizer",
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
         "eos_token": eos,
         "add_bos_token": True,

@@ -472,12 +472,15 @@ def converted(model: bytes, folder: Path) -> Tokenizer:
 @pytest.mark.parametrize("prefix", [True, False])
 def test_ids_are_those_of_sentencepiece(prefix: bool, tmp_path: Path) -> None:
     import sentencepiece
+    from transformers import AutoTokenizer
 
     model = train_sentencepiece(add_dummy_prefix=prefix)
     tokenizer, original = converted(model, tmp_path), sentencepiece.SentencePieceProcessor(model_proto=model)
+    elsewhere = AutoTokenizer.from_pretrained(tokenizer.folder, local_files_only=True)
     for text in texts():
         ids = original.encode(text)
         assert tokenizer.encode(text) == [1, *ids], repr(text)
+        assert elsewhere.encode(text) == [1, *ids], repr(text)
         assert tokenizer.decode(ids) == original.decode(ids), repr(text)
     assert tokenizer.encode("a</s>")[-1] == 2
     assert tokenizer.special_ids == {1, 2}
