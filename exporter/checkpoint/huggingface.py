@@ -137,7 +137,9 @@ def _shards(folder: Path) -> list[Path]:
     raise InputError(
         f"{folder} has neither model.safetensors nor model.safetensors.index.json"
         + (f", only {', '.join(others)}" if others else ""),
-        hint="name a folder in Hugging Face layout: config.json, *.safetensors, tokenizer.json",
+        hint="name the .gguf file itself"
+        if any(name.endswith(".gguf") for name in others)
+        else "name a folder in Hugging Face layout: config.json, *.safetensors, tokenizer.json; or a .gguf file",
     )
 
 

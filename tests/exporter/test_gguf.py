@@ -341,6 +341,10 @@ def test_a_folder_with_one_model_stands_for_it(make_toy: Callable[..., Toy], tmp
     assert open_checkpoint(folder).folder == open_checkpoint(folder / "toy.gguf").folder == folder
     write_gguf(toy.folder / "toy.gguf", toy)
     assert open_checkpoint(toy.folder).described_by.name == "config.json"
+    (toy.folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"only toy.gguf") as caught:
+        open_checkpoint(toy.folder)
+    assert caught.value.hint == "name the .gguf file itself"
     write_gguf(folder / "other.gguf", toy)
     with pytest.raises(InputError, match=r"has no config.json") as caught:
         open_checkpoint(folder)
