@@ -23,7 +23,7 @@ from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace
 from exporter.parity import Drive, drive
 from tests.conftest import write_toy
-from tests.generations import GENERATIONS, SIZES, TOY_BOUND, config_of, toy_config
+from tests.generations import GENERATIONS, SIZES, TOY_BOUND, WIDE, config_of, toy_config
 
 
 def written(folder: Path, config: dict[str, Any]) -> Path:
@@ -83,7 +83,7 @@ def test_a_toy_answers_as_transformers_beyond_what_it_was_trained_at(generation:
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_a_toy_is_exported_to_every_target(generation: str, target: str, tmp_path: Path) -> None:
     """int4, rounded: codes and parity pass. With the bundled tokenizer, whose ids are the first of the vocabulary."""
-    config = toy_config(generation) | {"vocab_size": 2048}
+    config = toy_config(generation, heads=WIDE["num_attention_heads"]) | WIDE
     toy = write_toy(tmp_path / "toy", **config)
     for file in BUNDLED_MODEL.glob("tokenizer*.json"):
         (toy.folder / file.name).write_bytes(file.read_bytes())

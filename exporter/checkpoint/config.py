@@ -18,7 +18,10 @@ _ROPE_KEYS = {
 """The parameters each kind of RoPE scaling takes, all of them required."""
 
 _COPY_AGAIN = "copy the file from the checkpoint again"
-_LAYOUT = "name a folder in Hugging Face layout: config.json, *.safetensors, tokenizer.json; or a .gguf file"
+_LAYOUT = (
+    "name a folder in Hugging Face layout (config.json, *.safetensors, tokenizer.json) or Meta's (params.json, "
+    "consolidated.*.pth, tokenizer.model), or a .gguf file"
+)
 
 _ONLY = {
     "model_type": ("llama",),
