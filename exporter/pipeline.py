@@ -137,9 +137,9 @@ def export(plan: Plan, progress: Progress) -> list[Outcome]:
     """
     progress.stage("reading the checkpoint")
     checkpoint = open_checkpoint(plan.checkpoint, adapter=plan.adapter)
-    tokenizer = open_tokenizer(plan.checkpoint, cache=plan.store)
     chosen = {label: targets.load(label) for label in plan.targets}
     refuse_early(plan, checkpoint.spec, chosen)
+    tokenizer = open_tokenizer(plan.checkpoint, cache=plan.store)
     tokenizer.refuse_beyond(checkpoint.spec.vocab_size)
 
     progress.stage("tracing")

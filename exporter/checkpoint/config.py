@@ -64,8 +64,8 @@ def read_spec(folder: Path) -> ModelSpec:
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
     if architectures != ["LlamaForCausalLM"]:
         raise _unknown(path, "architectures", architectures, known=[["LlamaForCausalLM"]])
-    heads = _integer(path, config, "num_attention_heads")
-    hidden = _integer(path, config, "hidden_size")
+    heads = integer_of(path, config, "num_attention_heads")
+    hidden = integer_of(path, config, "hidden_size")
     if not config.get("head_dim") and hidden % heads:
         raise InputError(
             f"{path}: hidden_size ({hidden}) is not divisible by num_attention_heads ({heads}), there is no head_dim",
@@ -75,15 +75,15 @@ def read_spec(folder: Path) -> ModelSpec:
     try:
         return ModelSpec(
             name=folder.resolve().name,
-            vocab_size=_integer(path, config, "vocab_size"),
+            vocab_size=integer_of(path, config, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_integer(path, config, "intermediate_size"),
-            num_hidden_layers=_integer(path, config, "num_hidden_layers"),
+            intermediate_size=integer_of(path, config, "intermediate_size"),
+            num_hidden_layers=integer_of(path, config, "num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
-            max_position_embeddings=_integer(path, config, "max_position_embeddings"),
-            rms_norm_eps=_number(path, config, "rms_norm_eps"),
+            max_position_embeddings=integer_of(path, config, "max_position_embeddings"),
+            rms_norm_eps=number_of(path, config, "rms_norm_eps"),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             rope=_read_rope(path, config),
             bos_token_id=bos,
@@ -117,8 +117,8 @@ def _read_rope(path: Path, config: Mapping[str, Any]) -> RopeSpec:
             f"{path}: {field} of kind {kind} lacks {', '.join(sorted(missing))}",
             hint="copy config.json from the original model",
         )
-    numbers: dict[str, Any] = {key: _number(path, parameters, key) for key in parameters}
-    return RopeSpec(theta=_number(path, {"rope_theta": theta}, "rope_theta"), kind=kind, **numbers)
+    numbers: dict[str, Any] = {key: number_of(path, parameters, key) for key in parameters}
+    return RopeSpec(theta=number_of(path, {"rope_theta": theta}, "rope_theta"), kind=kind, **numbers)
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
@@ -136,14 +136,16 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int | None
     return bos, tuple(stops)
 
 
-def _integer(path: Path, config: Mapping[str, Any], field: str) -> int:
+def integer_of(path: Path, config: Mapping[str, Any], field: str) -> int:
+    """A positive integer of the description at ``path``. Raises InputError."""
     value = config.get(field)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise _wrong_number(path, field, value, wanted="a positive integer")
     return value
 
 
-def _number(path: Path, config: Mapping[str, Any], field: str) -> float:
+def number_of(path: Path, config: Mapping[str, Any], field: str) -> float:
+    """A positive number of the description at ``path``. Raises InputError."""
     value = config.get(field)
     if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
         raise _wrong_number(path, field, value, wanted="a positive number")
@@ -153,7 +155,7 @@ def _number(path: Path, config: Mapping[str, Any], field: str) -> float:
 def _wrong_number(path: Path, field: str, value: object, *, wanted: str) -> InputError:
     found = "missing" if value is None else repr(value)
     return InputError(
-        f"{path}: {field} is {found}, {wanted} was expected", hint="copy config.json from the model again"
+        f"{path}: {field} is {found}, {wanted} was expected", hint=f"check {path.name} against the original model's"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.checkpoint.config import read_json
+from exporter.checkpoint.config import integer_of, number_of, read_json
 from exporter.checkpoint.huggingface import map_pickle
 from exporter.checkpoint.meta_tokenizer import LLAMA3_RANKS, TOKENIZER, TikToken, read_vocabulary
 from exporter.checkpoint.tensors import LazyTensor, matched
@@ -117,7 +117,7 @@ def read_spec(folder: Path) -> ModelSpec:
             f"{path}: {unknown[0]} is {params[unknown[0]]!r}; known: {', '.join(sorted(_FIELDS))}",
             hint="only dense Llama text models in plain precision are supported",
         )
-    dim, heads = _integer(path, params, "dim"), _integer(path, params, "n_heads")
+    dim, heads = integer_of(path, params, "dim"), integer_of(path, params, "n_heads")
     if "head_dim" not in params and dim % heads:
         raise InputError(
             f"{path}: dim ({dim}) is not divisible by n_heads ({heads}), there is no head_dim", hint=_CHECK
@@ -131,12 +131,12 @@ def read_spec(folder: Path) -> ModelSpec:
             vocab_size=vocab_size,
             hidden_size=dim,
             intermediate_size=_intermediate_size(path, params, dim=dim),
-            num_hidden_layers=_integer(path, params, "n_layers"),
+            num_hidden_layers=integer_of(path, params, "n_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=_integer(path, {"n_kv_heads": heads, **params}, "n_kv_heads"),
-            head_dim=_integer(path, {"head_dim": dim // heads, **params}, "head_dim"),
+            num_key_value_heads=integer_of(path, {"n_kv_heads": heads, **params}, "n_kv_heads"),
+            head_dim=integer_of(path, {"head_dim": dim // heads, **params}, "head_dim"),
             max_position_embeddings=_positions(path, params),
-            rms_norm_eps=_number(path, params, "norm_eps"),
+            rms_norm_eps=number_of(path, params, "norm_eps"),
             tie_word_embeddings=small or not _has_head(folder),
             rope=_rope(path, params, factor=_SMALL_FACTOR if small else _SCALED_FACTOR),
             bos_token_id=bos,
@@ -227,9 +227,9 @@ def _has_head(folder: Path) -> bool:
 
 def _intermediate_size(path: Path, params: Mapping[str, Any], *, dim: int) -> int:
     """meta-llama/llama, llama/model.py, ``FeedForward``, whose ``hidden_dim`` comes in as 4 ``dim``."""
-    hidden, multiple = int(2 * 4 * dim / 3), _integer(path, params, "multiple_of")
+    hidden, multiple = int(2 * 4 * dim / 3), integer_of(path, params, "multiple_of")
     if "ffn_dim_multiplier" in params:
-        hidden = int(_number(path, params, "ffn_dim_multiplier") * hidden)
+        hidden = int(number_of(path, params, "ffn_dim_multiplier") * hidden)
     return multiple * ((hidden + multiple - 1) // multiple)
 
 
@@ -248,7 +248,7 @@ def _rope(path: Path, params: Mapping[str, Any], *, factor: float) -> RopeSpec:
 
 
 def _theta(path: Path, params: Mapping[str, Any]) -> float:
-    return _number(path, {"rope_theta": 10_000.0, **params}, "rope_theta")
+    return number_of(path, {"rope_theta": 10_000.0, **params}, "rope_theta")
 
 
 def _positions(path: Path, params: Mapping[str, Any]) -> int:
@@ -259,7 +259,7 @@ def _positions(path: Path, params: Mapping[str, Any]) -> int:
     131072 (arXiv:2407.21783, sections 3.4.1 and 3.4.2).
     """
     if "max_seq_len" in params:
-        return _integer(path, params, "max_seq_len")
+        return integer_of(path, params, "max_seq_len")
     if _scales_rope(path, params):
         return 131_072
     theta = _theta(path, params)
@@ -280,7 +280,7 @@ def _vocab_size(folder: Path, params: Mapping[str, Any], *, dim: int) -> int:
     """Of params.json, where it is not -1; else of the tokenizer, else of the embedding's shape."""
     path = folder / DESCRIPTION
     if params.get("vocab_size", -1) != -1:
-        return _integer(path, params, "vocab_size")
+        return integer_of(path, params, "vocab_size")
     if (folder / TOKENIZER).exists():
         return read_vocabulary(folder / TOKENIZER).size
     shard = _first_shard(folder)
@@ -302,22 +302,3 @@ def _special_tokens(folder: Path, vocab_size: int) -> tuple[int, tuple[int, ...]
     else:
         return 1, (2,)
     return vocabulary.bos, tuple(token for token in vocabulary.eos if token < vocab_size)
-
-
-def _integer(path: Path, params: Mapping[str, Any], field: str) -> int:
-    value = params.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise _wrong_number(path, field, value, wanted="a positive integer")
-    return value
-
-
-def _number(path: Path, params: Mapping[str, Any], field: str) -> float:
-    value = params.get(field)
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise _wrong_number(path, field, value, wanted="a positive number")
-    return float(value)
-
-
-def _wrong_number(path: Path, field: str, value: object, *, wanted: str) -> InputError:
-    found = "missing" if value is None else repr(value)
-    return InputError(f"{path}: {field} is {found}, {wanted} was expected", hint=_CHECK)
