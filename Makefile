@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 # Tests of the sample apps want a browser or a compiler of their own: make check-web, check-kotlin, check-swift; those of
-# phones' processors an emulator: make check-arm64.
-HERE := not web and not kotlin and not swift and not arm64
+# phones' processors an emulator: make check-arm64; those of llama.cpp's quantizer a C++ compiler: make check-gguf.
+HERE := not web and not kotlin and not swift and not arm64 and not gguf
 # One thread for each of two processes: more of them wait for each other's cores.
 TWO := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: setup demo test test-matrix check check-web check-tutorial check-kotlin check-swift check-arm64 format
+.PHONY: setup demo test test-matrix check check-web check-tutorial check-kotlin check-swift check-arm64 check-gguf format
 .PHONY: bench bench-quality bench-calibration docs clean
 
 setup: $(VENV)/installed
@@ -29,8 +29,11 @@ demo: setup
 test: setup
 	$(TWO) -m "not slow and $(HERE)"
 
+# What it has measured fills the table of README.md; where that is another one than it was, it fails.
 test-matrix: setup
-	$(TWO) -m "slow and $(HERE)"
+	mkdir -p out
+	status=0; $(TWO) -m "slow and $(HERE)" --junitxml=out/test-matrix.xml || status=$$?; \
+	$(BIN)/python -m tests.readme_table out/test-matrix.xml || status=$$?; exit $$status
 
 check: setup
 	$(BIN)/ruff check
@@ -66,6 +69,10 @@ check-swift: setup
 # that is there, in place of two of the sample model. What one core says is no measure of time.
 check-arm64: setup
 	$(BIN)/pytest -m arm64 -s tests/arm64
+
+# Every type of llama.cpp's own quantizer, built from the source of llama-cpp-python: cmake and a C++ compiler.
+check-gguf: setup
+	$(BIN)/pytest -m gguf tests/gguf
 
 # Other tools are quantized with, too: an environment of its own, and a C++ compiler and cmake for llama.cpp.
 $(VENV)-bench/installed: pyproject.toml benchmarks/rivals/requirements.txt

@@ -46,6 +46,10 @@ class Group:
     fold: Fold | None
     residual: Value | None
     """What the output of the only linear is added to, if that is the case."""
+    expert: int | None = None
+    """Of which expert they are a part: what they read is 0 for tokens of others."""
+    gated: tuple[str, ...] = ()
+    """Linears of experts, which read the same value times a number for each token: the fold is theirs too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,22 +104,33 @@ def dissect(graph: Graph, index: int) -> Layer:
 
 
 def _groups(nodes: tuple[Node, ...]) -> Iterable[Group]:
-    by_input: dict[Value, list[str]] = {}
+    by_input: dict[Value, list[Node]] = {}
     for node in nodes:
         if node.op == "linear":
-            source, weight = node.arguments
+            source, _ = node.arguments
             assert isinstance(source, Value)  # VOCABULARY: linear is x, weight
-            assert isinstance(weight, Weight)
-            by_input.setdefault(source, []).append(weight.name)
+            by_input.setdefault(source, []).append(node)
     for value, linears in by_input.items():
-        fold = _fold(value, nodes, linears=len(linears))
-        yield Group(input=value, linears=tuple(linears), fold=fold, residual=_residual(value, nodes))
+        yield Group(
+            input=value,
+            linears=tuple(_weight(node) for node in linears),
+            fold=_fold(value, nodes, linears=len(linears)),
+            residual=_residual(value, nodes),
+            expert=linears[0].expert,
+            gated=tuple(_weight(reader) for gate in _gates(value, nodes) for reader in by_input[Value(gate.name)]),
+        )
+
+
+def _gates(value: Value, nodes: tuple[Node, ...]) -> list[Node]:
+    return [node for node in nodes if node.op == "gate" and node.arguments[0] == value]
 
 
 def _residual(value: Value, nodes: tuple[Node, ...]) -> Value | None:
     outputs = [Value(node.name) for node in nodes if node.op == "linear" and node.arguments[0] == value]
     readers = [node for node in nodes if outputs[0] in _values(node)]
     if len(outputs) != 1 or len(readers) != 1 or readers[0].op != "add":
+        return None
+    if readers[0].expert is not None:  # one of many terms of a sum, of which few are not 0
         return None
     return next((other for other in _values(readers[0]) if other != outputs[0]), None)
 
@@ -125,7 +140,7 @@ def _fold(value: Value, nodes: tuple[Node, ...], *, linears: int) -> Fold | None
     made_by = {node.name: node for node in nodes}
     readers: Callable[[Value], int] = lambda wanted: sum(_values(node).count(wanted) for node in nodes)  # noqa: E731
     node = made_by.get(value.node)
-    if node is None or readers(value) != linears:
+    if node is None or readers(value) != linears + len(_gates(value, nodes)):
         return None
     match node.op:
         case "rms_norm":

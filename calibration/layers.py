@@ -29,8 +29,8 @@ from exporter.model.eager import eager_table
 from exporter.model.graph import Graph, Observer, Value, Weight
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.quantized import CodedTensor
-from exporter.spec import EMBEDDING, Method, Precision, Progress, Recipe, WeightScheme
-from exporter.store import StoreKey, TensorError, WeightStore, finite
+from exporter.spec import EMBEDDING, ROUTER, Method, Precision, Progress, Recipe, WeightScheme
+from exporter.store import Part, StoreKey, TensorError, WeightStore, finite
 
 PROPAGATION = 0.75
 """How much of the error that earlier layers have left a linear is asked to make up for: of the error in its input
@@ -114,7 +114,7 @@ def quantize(
     key = StoreKey(source_sha256=checkpoint.sha256, scheme=scheme, recipe=recipe, text=text)
     store = WeightStore(checkpoint=checkpoint, key=key, root=root)
     ledger = Ledger()
-    parts = [layer for layer in (*range(checkpoint.spec.num_hidden_layers), None) if store.quantized_names(layer)]
+    parts = [part for part in store.parts if store.quantized_names(part)]
     missing = [layer for layer in parts if not store.part_file(layer).exists()]
     layers = range(checkpoint.spec.num_hidden_layers)
     if calibration and (missing or not all(store.ranges_file(part).exists() for part in (*layers, None))):
@@ -174,7 +174,8 @@ def _ranges_of_ends(graph: Graph, streams: _Streams) -> dict[str, Range]:
     for window in streams.lossy[: min(count, math.ceil(ENDS_TOKENS / length))]:
         (normed,) = reference.compute(norm, {hidden: window.unsqueeze(0)})
         observer.observe(norm.name, normed)
-        observer.observe(head.name, reference.head(normed))
+        (logits,) = reference.compute(head, {Value(norm.name): normed})
+        observer.observe(head.name, logits)
     return observer.ranges()
 
 
@@ -252,7 +253,7 @@ class _Folded:
         return self.apply(name, finite(name, self.store.checkpoint.read(name)))
 
     def apply(self, name: str, weight: Tensor) -> Tensor:
-        weight = weight.float()
+        weight = weight.float().contiguous()  # an expert may lie transposed
         if name in self.columns:
             weight = weight * self.columns[name]
         if name in self.sources:
@@ -272,6 +273,7 @@ def _quantize_layer(
                 _choose_factors(group, layer, streams, folded, recipe)
     done: dict[str, CodedTensor] = {}
     errors: dict[str, TensorError] = {}
+    seldom: dict[int, int] = {}
     total = len(store.quantized_names(layer.index))
     for group in layer.groups:
         if not any(store.scheme.precision(name).bits for name in group.linears):
@@ -279,6 +281,8 @@ def _quantize_layer(
         moments = _moments(group, layer, streams, folded, done, ledger=ledger)
         second_moment = moments.second
         compensates = recipe.method.compensates and moments.tokens * _FEWEST >= len(second_moment)
+        if recipe.method.compensates and not compensates:
+            seldom |= {group.expert: moments.tokens} if group.expert is not None else {}
         if compensates:
             with ledger.stage("factoring", flops=2 / 3 * len(second_moment) ** 3):
                 curvature = factor(second_moment, damping=recipe.damping, act_order=recipe.act_order)
@@ -296,7 +300,8 @@ def _quantize_layer(
                     tensor = _compensated(target, curvature, name, store.scheme)
             else:
                 with ledger.stage("rounding"):
-                    tensor = _rounded(weight, name, store.scheme, energy=second_moment.diagonal())
+                    energy_of_inputs = second_moment.diagonal() if moments.tokens else None
+                    tensor = _rounded(weight, name, store.scheme, energy=energy_of_inputs)
             with ledger.stage("measuring", flops=3 * flops):
                 plain = _rounded(store.checkpoint.read(name), name, store.scheme).dequantize()
                 before = _output_loss(target - folded.apply(name, plain), second_moment)
@@ -305,9 +310,20 @@ def _quantize_layer(
                 errors[name] = TensorError(rounded=before / energy, stored=after / energy) if energy else TensorError()
             done[name] = tensor
             progress.advance(len(done), total)
-    floats = {name: folded[name] for name in folded.sources if name not in done}
+    if seldom:
+        progress.note(_seldom(layer, seldom))
+    floats = {name: folded[name] for name in (*folded.sources, *folded.columns) if name not in done}
     store.write_part(layer.index, list(done.values()), errors=errors, floats=floats)
     return errors
+
+
+def _seldom(layer: Layer, tokens: dict[int, int]) -> str:
+    """``tokens`` by expert."""
+    some = ", ".join(f"{expert} met {count}" for expert, count in sorted(tokens.items())[:8])
+    return (
+        f"layer {layer.index + 1}: {len(tokens)} experts met less than a token of the text for every {_FEWEST} columns "
+        f"and are rounded to nearest ({some}{', ...' if len(tokens) > 8 else ''}); a longer text may reach them"
+    )
 
 
 def _propagation(moments: _Moments) -> float:
@@ -318,7 +334,9 @@ def _propagation(moments: _Moments) -> float:
 def _choose_factors(group: Group, layer: Layer, streams: _Streams, folded: _Folded, recipe: Recipe) -> None:
     """Find the factors of one group, if it has a fold, and enter them on both of its sides."""
     store = folded.store
-    if group.fold is None or not all(store.scheme.precision(name).bits for name in group.linears):
+    readers = (*group.linears, *group.gated)
+    coded = [name for name in readers if not name.endswith(ROUTER)]  # whose floats the store keeps with the norms
+    if group.fold is None or not all(store.scheme.precision(name).bits for name in coded):
         return
     if len(store.spec.weights()[group.fold.source]) == 2 and not store.scheme.precision(group.fold.source).bits:
         return  # a float matrix is read through from the checkpoint, and so cannot change
@@ -330,17 +348,24 @@ def _choose_factors(group: Group, layer: Layer, streams: _Streams, folded: _Fold
         second_moment = second_moment + x.T @ x
         largest = torch.maximum(largest, x.abs().amax(dim=0))
     second_moment /= sum(chunk.stop - chunk.start for chunk in chunks) * streams.exact.shape[1]
-    weights = [finite(name, store.checkpoint.read(name)).float() for name in group.linears]
-    if recipe.method is Method.SMOOTH:
-        factors = smooth_factors(weights, largest)
+    weights = (finite(name, store.checkpoint.read(name)) for name in coded)
+    if recipe.method is Method.SMOOTH:  # which wants the largest of each column
+        factors = smooth_factors([weight.abs().amax(dim=0, keepdim=True).float() for weight in weights], largest)
     else:
-        coarsest = min(group.linears, key=lambda name: store.scheme.precision(name).bits or 0)
+        coarsest = min(coded, key=lambda name: store.scheme.precision(name).bits or 0)
         factors = awq_factors(
-            weights, second_moment, rounded=lambda rows: _rounded(rows, coarsest, store.scheme).dequantize()
+            [_some_rows(weight, count=len(coded)) for weight in weights],
+            second_moment,
+            rounded=lambda rows: _rounded(rows, coarsest, store.scheme).dequantize(),
         )
     factors = group.fold.tie(factors)
-    folded.columns |= dict.fromkeys(group.linears, factors)
+    folded.columns |= dict.fromkeys(readers, factors)
     folded.sources[group.fold.source] = group.fold.source_factors(factors)
+
+
+def _some_rows(weight: Tensor, *, count: int) -> Tensor:
+    """float32: all rows of one matrix of three or fewer, else as many of each as come to those of three together."""
+    return weight[:: max(1, count // 3)].float()
 
 
 @dataclass(slots=True)
@@ -380,6 +405,9 @@ def _moments(
         x, y = exact[0].flatten(0, 1), lossy[0].flatten(0, 1)  # [n, K]
         if factors is not None:
             x = x / factors
+        if group.expert is not None:  # tokens that come to it in both streams; another is no error of these linears
+            own = x.any(dim=1) & y.any(dim=1)
+            x, y, tokens = x[own], y[own], int(own.sum())
         columns = x.shape[1]
         if moments is None:
             residual_lag = torch.zeros(exact[1].shape[2], columns) if group.residual else 0.0
@@ -392,9 +420,10 @@ def _moments(
                 moments.residual_lag.addmm_((exact[1] - lossy[1]).flatten(0, 1).T, y)
         moments.tokens += tokens
     assert moments is not None  # there is at least one window
-    moments.second /= moments.tokens
-    moments.lag /= moments.tokens
-    moments.residual_lag /= moments.tokens
+    count = max(moments.tokens, 1)  # an expert may have met none
+    moments.second /= count
+    moments.lag /= count
+    moments.residual_lag /= count
     return moments
 
 
@@ -442,7 +471,7 @@ def _summary(errors: dict[str, TensorError]) -> str:
     return f"mean output error {before:.2e} rounded, {after:.2e} calibrated"
 
 
-def _round_part(store: WeightStore, layer: int | None) -> None:
+def _round_part(store: WeightStore, layer: Part) -> None:
     tensors, errors = [], {}
     for name in store.quantized_names(layer):
         weight = finite(name, store.checkpoint.read(name))

@@ -29,7 +29,7 @@ def round_to_nearest(weight: Tensor, *, name: str, bits: int, group_size: int) -
     codes = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty(len(weight), weight.shape[1] // group_size)
     for rows, rows_codes, rows_scales in row_blocks(weight, codes, scales):
-        groups = rows.float().view(-1, group_size)
+        groups = rows.float().reshape(-1, group_size)
         found = _search(groups.T, bits=bits)
         rows_scales.copy_(found.view_as(rows_scales))
         rows_codes.copy_(encode(groups, found.unsqueeze(1), bits=bits).view_as(rows_codes))
@@ -38,7 +38,7 @@ def round_to_nearest(weight: Tensor, *, name: str, bits: int, group_size: int) -
 
 def search_scales(weight: Tensor, *, bits: int, group_size: int) -> Tensor:
     """float32 ``[N, K / group_size]`` on the scale grid: for each group that of least squared error after rounding."""
-    scales = [_search(block.float().view(-1, group_size).T, bits=bits) for (block,) in row_blocks(weight)]
+    scales = [_search(block.float().reshape(-1, group_size).T, bits=bits) for (block,) in row_blocks(weight)]
     return torch.cat(scales).view(len(weight), -1)
 
 

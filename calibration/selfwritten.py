@@ -17,6 +17,7 @@ from torch import Tensor
 from exporter.errors import InputError, UsageError
 from exporter.model.eager import eager_table
 from exporter.model.graph import Constant, Graph, Table, Weight, cache_names
+from exporter.model.ops import temperatures
 from exporter.model.rope import rope_table, rotate
 from exporter.spec import EMBEDDING
 
@@ -130,7 +131,11 @@ def _table(weights: Weights) -> Table:
 
     table = eager_table(lambda weight: weights[weight.name].float(), linear=linear)  # of norms: the rest is below
     embedding = {"embedding": lambda ids, weight: F.embedding(ids, weights[weight.name]).float()}
-    return {**table, **embedding, "attention": _attention}
+    return {**table, **embedding, "attention": _attention, "temper": _temper}
+
+
+def _temper(q: Tensor, past_k: _Cache, floor_scale: int, attn_scale: float) -> Tensor:
+    return q * temperatures(first=past_k.filled, count=1, floor_scale=floor_scale, attn_scale=attn_scale)
 
 
 def _attention(

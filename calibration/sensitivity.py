@@ -31,7 +31,18 @@ from exporter.errors import BudgetError, InputError, UsageError
 from exporter.files import written_whole
 from exporter.model.eager import eager_table
 from exporter.model.graph import Graph, Node, Value, Weight, walk
-from exporter.spec import EMBEDDING, GROUP_SIZES, HEAD, PER_ROW, ModelSpec, Precision, Progress, Rule, WeightScheme
+from exporter.spec import (
+    EMBEDDING,
+    GROUP_SIZES,
+    HEAD,
+    PER_ROW,
+    ROUTER,
+    ModelSpec,
+    Precision,
+    Progress,
+    Rule,
+    WeightScheme,
+)
 
 SENSITIVITY_TOKENS = 1024
 """Two windows of 512 rank the matrices well enough. On the bundled model each of eight such pairs ranks them as the
@@ -71,6 +82,7 @@ def open_matrices(spec: ModelSpec, scheme: WeightScheme) -> list[str]:
             hint="leave them out, or take --precision int4",
         )
     matrices = [name for name, shape in spec.weights().items() if len(shape) == 2 and name not in (EMBEDDING, HEAD)]
+    matrices = [name for name in matrices if not name.endswith(ROUTER)]
     return [name for name in matrices if not any(rule.matches(name) for rule in scheme.rules)]
 
 
@@ -294,7 +306,7 @@ def measure_sensitivity(
     spec, model = checkpoint.spec, _Model(checkpoint=checkpoint, graph=graph)
     names, windows = open_matrices(spec, scheme), _first(windows, tokens=SENSITIVITY_TOKENS)
     count = spec.num_hidden_layers
-    by_layer = [[name for name in names if name.startswith(f"model.layers.{index}.")] for index in range(count)]
+    by_layer = [[name for name in names if spec.layer_of(name) == index] for index in range(count)]
     total = sum(2 * len(group) * (count - index + 1) for index, group in enumerate(by_layer))
     done = 0
 
@@ -419,8 +431,10 @@ class _Model:
     def mean_kl(self, exact: Tensor, changed: list[Tensor], scheme: WeightScheme | None) -> list[float]:
         """Mean KL, in nats, of what each of ``changed`` gives from what ``exact`` gives, hidden states after the last
         layer; for ``changed`` with the head as ``scheme`` stores it."""
-        *norm, head = reversed([*takewhile(lambda node: node.layer is None, reversed(self.graph.nodes))])
-        source, weight = head.arguments
+        ending = self.graph.ending
+        last = reversed([*takewhile(lambda node: node.layer is None, reversed(self.graph.nodes))])
+        norm = [node for node in last if node not in ending]
+        source, weight = ending[0].arguments
         assert isinstance(source, Value)  # VOCABULARY: linear is x, weight
         assert isinstance(weight, Weight)
         inputs = [self._walk(norm, hidden, source) for hidden in (exact, *changed)]

@@ -25,6 +25,11 @@ from exporter.spec import (
     Activations,
     Arithmetic,
     Artifact,
+    AttentionSpec,
+    CodeKind,
+    ExpertSpec,
+    ImageSpec,
+    KeptCodes,
     Logits,
     Method,
     ModelSpec,
@@ -43,7 +48,7 @@ from exporter.tokenizer import CHAT_TEMPLATE, FILES, Tokenizer
 SCHEMA = "llama-export/bundle/1"
 MANIFEST, GOLDENS, GOLDEN_LOGITS = "manifest.json", "goldens.json", "goldens.safetensors"
 CHAT_FORMAT = "chat_format.json"
-TOOLS = ("llama-export", "torch", "torchao", "executorch", "coremltools", "onnx", "onnx-ir", "onnxruntime")
+TOOLS = ("llama-export", "torch", "torchao", "executorch", "coremltools", "onnx", "onnx-ir", "onnxruntime", "gguf")
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _EXPORT_AGAIN = "export the bundle again, or copy it again from where it was whole"
 
@@ -124,16 +129,18 @@ def copy_licences(checkpoint: Checkpoint, folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdicts:
-    """The reports of one artifact. ``audit`` is there where nothing here can run it."""
+    """The reports of one artifact. ``audit`` is there where nothing here can run it, ``images`` where it sees them."""
 
     codes: Report
     audit: Report | None = None
     parity: Report
+    images: Report | None = None
     quality: Report
     latency: Report
 
     def to_json(self) -> dict[str, Any]:
-        reports = {name: getattr(self, name) for name in ("codes", "audit", "parity", "quality", "latency")}
+        kinds = ("codes", "audit", "parity", "images", "quality", "latency")
+        reports = {name: getattr(self, name) for name in kinds}
         return {name: report.to_json() for name, report in reports.items() if report is not None}
 
 
@@ -158,6 +165,11 @@ def describe_bundle(
             "compute_dtype": arithmetic.compute_dtype,
             "dequantized_dtype": arithmetic.dequantized_dtype,
             "kv_dtype": arithmetic.kv_dtype,
+            "product_dtype": arithmetic.product_dtype,
+            "angles": arithmetic.angles,
+            "group_scale_dtype": arithmetic.group_scale_dtype,
+            "row_scale_dtype": arithmetic.row_scale_dtype,
+            **({"kept": [_kept(codes) for codes in scheme.kept]} if scheme.kept else {}),
         },
         "context": artifact.context,
         "logits": artifact.logits.value,
@@ -253,7 +265,8 @@ def _broken(path: Path, error: Exception) -> InputError:
 
 def _artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
     model = {key: value for key, value in manifest["model"].items() if key != "parameters"}
-    rope = {**model.pop("rope")}
+    rope, attention, experts = {**model.pop("rope")}, model.pop("attention", {}), model.pop("experts", None)
+    images = model.pop("images", None)
     scheme = manifest["scheme"]
     head_activations = scheme["head_activations"]
     return Artifact(
@@ -261,8 +274,11 @@ def _artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
         backend=manifest["backend"],
         path=path,
         spec=ModelSpec(
-            **{**model, "eos_token_ids": tuple(model["eos_token_ids"])},
+            **_with_tuples(model),
             rope=RopeSpec(**{**rope, "kind": RopeKind(rope["kind"]), "factors": tuple(rope.get("factors", ()))}),
+            attention=AttentionSpec(**_with_tuples(attention)),
+            experts=ExpertSpec(**_with_tuples(experts)) if experts else None,
+            images=ImageSpec(**_with_tuples(images)) if images else None,
         ),
         scheme=WeightScheme(
             body=Precision(scheme["weights"]),
@@ -273,6 +289,19 @@ def _artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
                 Rule(pattern=rule["pattern"], precision=Precision(rule["precision"]))
                 for rule in scheme.get("rules", ())  # bundles of version 0.1.0 have none
             ),
+            kept=tuple(
+                KeptCodes(
+                    kind=CodeKind(
+                        source=codes["source"],
+                        precision=Precision(codes["precision"]),
+                        group_size=codes["group_size"],
+                        zero_points=codes["zero_points"],
+                        signed_scales=codes["signed_scales"],
+                    ),
+                    names=tuple(codes["matrices"]),
+                )
+                for codes in scheme.get("kept", ())
+            ),
         ),
         arithmetic=Arithmetic(
             activations=Activations(scheme["activations"]),
@@ -280,6 +309,10 @@ def _artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
             compute_dtype=scheme["compute_dtype"],
             dequantized_dtype=scheme["dequantized_dtype"],
             kv_dtype=scheme["kv_dtype"],
+            product_dtype=scheme.get("product_dtype", "fp32"),  # bundles of version 0.1.0 have none of these
+            angles=scheme.get("angles", "product"),
+            group_scale_dtype=scheme.get("group_scale_dtype", "fp32"),
+            row_scale_dtype=scheme.get("row_scale_dtype", "fp32"),
         ),
         context=int(manifest["context"]),
         logits=Logits(manifest["logits"]),
@@ -287,10 +320,28 @@ def _artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
     )
 
 
+def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _with_tuple(value) for name, value in fields.items()}
+
+
+def _with_tuple(value: Any) -> Any:
+    return tuple(_with_tuple(one) for one in value) if isinstance(value, list) else value
+
+
+def _kept(codes: KeptCodes) -> dict[str, Any]:
+    return {**asdict(codes.kind), "matrices": list(codes.names)}
+
+
 def _model(spec: ModelSpec) -> dict[str, Any]:
+    """Without what dense models do not have."""
     model = asdict(spec)
     if not spec.rope.factors:
         del model["rope"]["factors"]
+    if spec.attention == AttentionSpec():
+        del model["attention"]
+    for field in ("experts", "images", "layer_numbers", "extra_embeddings", "adapter_rank", "head_tokens"):
+        if not model[field]:
+            del model[field]
     return {**model, "parameters": spec.parameters}
 
 

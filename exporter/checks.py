@@ -34,7 +34,10 @@ def checks(outcome: Outcome) -> list[Check]:
     rows = [whole, _codes(manifest["codes"])]
     if "audit" in manifest:
         rows.append(_audit(manifest["audit"]))
-    rows += [*_parity(manifest["parity"]), _quality(manifest["quality"])]
+    rows += _parity(manifest["parity"], "parity")
+    if "images" in manifest:
+        rows += _parity(manifest["images"], "parity with an image")
+    rows.append(_quality(manifest["quality"]))
     return [*rows, _latency(manifest["latency"]), *_bisection(outcome), *_limits(outcome)]
 
 
@@ -84,8 +87,8 @@ def audit_figure(report: Mapping[str, Any]) -> str:
     return "; ".join(told)
 
 
-def _parity(report: Mapping[str, Any]) -> Iterator[Check]:
-    structure, shipped = "parity, structure", "parity, shipped"
+def _parity(report: Mapping[str, Any], name: str) -> Iterator[Check]:
+    structure, shipped = f"{name}, structure", f"{name}, shipped"
     difference = report["structure_max_abs_logit_diff"]
     faults = []
     if difference is None:

@@ -25,9 +25,12 @@ from exporter.cli_options import (
     EvalTextOption,
     GroupSizeOption,
     HeadOption,
+    HeadTokensOption,
+    ImagesOption,
     KvCacheOption,
     PrecisionOption,
     PreferOption,
+    RequantizeOption,
     RulesOption,
     StoreOption,
     SystemOption,
@@ -111,6 +114,7 @@ def export(
     precision: PrecisionOption = None,
     prefer: PreferOption = None,
     head: HeadOption = None,
+    head_tokens: HeadTokensOption = None,
     group_size: GroupSizeOption = None,
     rules: RulesOption = None,
     budget_mb: Annotated[
@@ -132,6 +136,8 @@ def export(
     ] = None,
     context: ContextOption = None,
     kv_cache: KvCacheOption = None,
+    images: ImagesOption = None,
+    requantize: RequantizeOption = None,
     logits: Annotated[
         str | None,
         typer.Option("--logits", help="Positions the head answers for: last or all.", show_default="last"),
@@ -197,7 +203,9 @@ def export(
     """Export a checkpoint for one or more targets, and prove each artifact against the model."""
     with reporting() as progress:
         from exporter.checkpoint import BUNDLED_MODEL, read_spec
+        from exporter.checkpoint.pruned import read_head_tokens
         from exporter.forecast import PALETTES_MAY_CRASH
+        from exporter.kept import kept_scheme
         from exporter.pipeline import export as run
         from exporter.planning import plan, settle
         from exporter.recipe import asked_for, read_recipe
@@ -215,12 +223,15 @@ def export(
                 precision=precision,
                 prefer=prefer,
                 head=head,
+                head_tokens=read_head_tokens(head_tokens) if head_tokens else None,
                 group_size=group_size,
                 rule=rules or None,
                 budget_mb=budget_mb,
                 max_kl=max_kl,
                 context=context,
                 kv_cache=kv_cache,
+                images=images,
+                requantize=requantize,
                 logits=logits,
                 calibration=corpus,
                 calibration_column=column,
@@ -235,10 +246,16 @@ def export(
             ),
         }
         if "device" in choices:
-            choices, reasons = settle(choices, read_spec(checkpoint))
+            images, requantize = choices.get("images", False), choices.get("requantize", False)
+            pruned = choices.get("head_tokens", ())
+            spec = read_spec(checkpoint, decoded=requantize, images=images, head_tokens=pruned)
+            kept = kept_scheme(checkpoint, choices, spec)
+            choices, reasons = settle(choices, spec, kept=kept)
             for reason in reasons:
                 progress.note(reason)
         made = plan(checkpoint, adapter=adapter, out=out, store=store, **choices)
+        for codes in made.scheme.kept:
+            progress.note(f"{len(codes.names)} matrices keep their codes of {codes.kind.source}: {codes.kind}")
         if made.prefer is Prefer.DECODE:
             progress.note(f"--prefer decode: int4 in groups of {made.scheme.group_size or 'a row'}")
         if made.scheme.body is Precision.LUT4:

@@ -15,9 +15,11 @@ from exporter.cli_options import (
     DeviceOption,
     GroupSizeOption,
     HeadOption,
+    HeadTokensOption,
     KvCacheOption,
     PrecisionOption,
     PreferOption,
+    RequantizeOption,
     RulesOption,
     SystemOption,
     TargetOption,
@@ -43,25 +45,30 @@ def plan(
     precision: PrecisionOption = None,
     prefer: PreferOption = None,
     head: HeadOption = None,
+    head_tokens: HeadTokensOption = None,
     group_size: GroupSizeOption = None,
     rules: RulesOption = None,
     context: ContextOption = None,
     kv_cache: KvCacheOption = None,
+    requantize: RequantizeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Foresee an export from the checkpoint's config alone: size, memory on the device, speed, cost (exit 5: it will
     not fit)."""
     with reporting() as progress:
         from exporter.checkpoint import BUNDLED_MODEL, read_spec
+        from exporter.checkpoint.pruned import read_head_tokens
         from exporter.devices import find_device
         from exporter.forecast import foresee, refuse_what_does_not_fit
+        from exporter.kept import kept_scheme
         from exporter.planning import plan as make_plan
         from exporter.planning import settle
         from exporter.recipe import asked_for
         from exporter.report_devices import print_forecasts
 
         folder = checkpoint or BUNDLED_MODEL
-        spec = read_spec(folder)
+        tokens = read_head_tokens(head_tokens) if head_tokens else None
+        spec = read_spec(folder, decoded=bool(requantize), head_tokens=tokens or ())
         asked = asked_for(
             target=target or (None if device else "all"),
             backend=backend,
@@ -70,12 +77,14 @@ def plan(
             precision=precision,
             prefer=prefer,
             head=head,
+            head_tokens=tokens,
             group_size=group_size,
             rule=rules or None,
             context=context,
             kv_cache=kv_cache,
+            requantize=requantize,
         )
-        choices, reasons = settle(asked, spec)
+        choices, reasons = settle(asked, spec, kept=kept_scheme(folder, asked, spec))
         made = make_plan(folder, **choices)
         known = find_device(device) if device else None
         forecasts = foresee(made, spec, known)

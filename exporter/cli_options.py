@@ -47,7 +47,10 @@ ColumnOption = Annotated[
     ),
 ]
 TargetOption = Annotated[
-    str | None, typer.Option("--target", "-t", help="executorch, onnxruntime, coreml, a comma list, or all.")
+    str | None,
+    typer.Option(
+        "--target", "-t", help="executorch, onnxruntime, coreml, gguf, a comma list, or all: the first three."
+    ),
 ]
 
 BackendOption = Annotated[
@@ -113,7 +116,19 @@ SystemOption = Annotated[
 HeadOption = Annotated[
     str | None,
     typer.Option(
-        "--head", help="Precision of the head (and of an embedding tied to it).", show_default="int8 if quantized"
+        "--head",
+        help="Precision of the head (and of an embedding tied to it, or beside a pruned one).",
+        show_default="int8 if quantized",
+    ),
+]
+
+HeadTokensOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--head-tokens",
+        help="The only tokens that the model ever answers with, a JSON list or ExecuTorch's output_prune_map: the head "
+        "keeps their rows alone, all other logits are -4096. In a recipe file: the list itself.",
+        show_default="all",
     ),
 ]
 
@@ -135,12 +150,30 @@ RulesOption = Annotated[
     ),
 ]
 
+RequantizeOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--requantize",
+        help="Of a checkpoint that is quantized already: decode its codes and choose all anew. Else they are kept.",
+        show_default="kept",
+    ),
+]
+
 KvCacheOption = Annotated[
     str | None,
     typer.Option(
         "--kv-cache",
         help="int8: keys and values in a third of the memory (executorch), or a quarter (onnxruntime, calibrated).",
         show_default="floats",
+    ),
+]
+
+ImagesOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--images/--no-images",
+        help="Of a model that sees images, export what looks at them too (onnxruntime).",
+        show_default="no images",
     ),
 ]
 

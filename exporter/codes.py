@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from exporter.quantized import PalettizedTensor, QuantizedTensor
 from exporter.spec import Report, Verdict, WeightScheme
@@ -24,7 +25,8 @@ def digest(weight: StoredWeight) -> str:
     """SHA-256 of a stored tensor: kind, shape, and every bit of its codes with scales or tables, or of its floats."""
     if isinstance(weight, QuantizedTensor):
         header = f"int{weight.bits} {weight.shape} group {weight.group_size}"
-        tensors = [weight.codes, weight.scales.float()]
+        header += "" if weight.zeros is None else " with zero points"
+        tensors = [weight.codes, weight.scales.float(), *([] if weight.zeros is None else [weight.zeros])]
     elif isinstance(weight, PalettizedTensor):
         header = f"lut4 {weight.shape}"
         tensors = [weight.codes, weight.tables.float()]
@@ -66,17 +68,18 @@ def _in_scheme_groups(weight: StoredWeight, scheme: WeightScheme, *, name: str) 
     repeats = group_size // weight.group_size
     if repeats <= 1:
         return weight
-    blocks = weight.scales.unflatten(1, (-1, repeats))
-    if not (blocks == blocks[..., :1]).all():
+    parts = [weight.scales, *([] if weight.zeros is None else [weight.zeros])]
+    blocks = [part.unflatten(1, (-1, repeats)) for part in parts]
+    if not all((block == block[..., :1]).all() for block in blocks):
         return weight  # the scales of one group differ: its digest will not be the expected one
-    return QuantizedTensor(
-        name=name, bits=weight.bits, group_size=group_size, codes=weight.codes, scales=blocks[..., 0].contiguous()
-    )
+    scales, zeros = (*(block[..., 0].contiguous() for block in blocks), None)[:2]
+    return replace(weight, group_size=group_size, scales=scales, zeros=zeros)
 
 
 def _describe(weight: StoredWeight) -> str:
     if isinstance(weight, QuantizedTensor):
-        return f"int{weight.bits} in groups of {weight.group_size}"
+        points = "" if weight.zeros is None else ", with zero points"
+        return f"int{weight.bits} in groups of {weight.group_size}{points}"
     if isinstance(weight, PalettizedTensor):
         return "indices into tables"
     return str(weight.dtype).removeprefix("torch.")

@@ -31,9 +31,14 @@ APP_STORE_BYTES = 4_000_000_000
 _SETUP_S = 4.0
 _QUANTIZE_S = 13.1e-9
 """A parameter, rounded to nearest on two cores."""
-_LOWER_S = {"onnxruntime": (0.0, 3.9e-9), "executorch": (6.3, 3.3e-9), "coreml": (3.2, 4.7e-9)}
+_LOWER_S = {"onnxruntime": (0.0, 3.9e-9), "executorch": (6.3, 3.3e-9), "coreml": (3.2, 4.7e-9), "gguf": (0.0, 4.5e-9)}
 """Seconds at once and for a parameter."""
-_LOWER_BYTES = {"onnxruntime": (0.32, 0.136), "executorch": (0.78, 0.60), "coreml": (0.60, 0.956)}
+_LOWER_BYTES = {
+    "onnxruntime": (0.32, 0.136),
+    "executorch": (0.78, 0.60),
+    "coreml": (0.60, 0.956),
+    "gguf": (0.40, 0.122),
+}
 """GiB of anonymous memory at once and for 1e9 parameters."""
 
 PALETTES_MAY_CRASH = (

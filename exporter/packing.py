@@ -101,6 +101,8 @@ LOADERS: Mapping[str, Loader] = {
         written={"tokenizer_config.json": _with_template, "config.json": _config},
         optional=("generation_config.json",),
     ),
+    # llama_model_load_from_file(path), llama-cli -m, Ollama's FROM, LM Studio: the tokenizer and template are inside.
+    "llama.cpp": Loader(targets=("gguf",), files=("model.gguf",), written={}),
 }
 """Names of ``--for``, with the calls that read the files. The tests run onnxruntime-genai and ExecuTorch's
 TextLLMRunner, which both phones' classes wrap, on what is written here; readers in Swift and JavaScript they cannot."""

@@ -22,6 +22,11 @@ STRUCTURE_MAX_ABS = 1e-4
 STRUCTURE_MAX_ABS_FP16_STORAGE = 1e-3
 FLOOR_MULTIPLE = 10.0
 FLOOR_NOISE = 1e-6
+FP16_NOISE = 2.0**-11
+FLOOR_DRAWS = 8
+"""Of a model with experts: two that are nearly as likely for a token may come out in either order, which moves that
+position a thousand times as far as the others. Few positions have such a tie, so that one draw of noise may meet none
+where an artifact does; and where the target computes in fp16 the noise is half a spacing of that."""
 FP16_MEAN_KL_NATS = 1e-4
 FP16_WORST_KL_NATS = 1e-3
 FP16_POSITIONS_A_MISS = 200
@@ -105,7 +110,7 @@ class Floor:
 
     @classmethod
     def of(cls, kl: Tensor) -> Floor:
-        """From KL at each position ``[m]``."""
+        """From KL at each position ``[m]``, or ``[draws, m]``."""
         return cls(mean_kl_nats=kl.mean().item(), worst_kl_nats=kl.max().item())
 
     def figures(self) -> dict[str, float]:
@@ -122,14 +127,15 @@ class Gate:
     decided_top1_agreement: float
 
 
-def gate(arithmetic: Arithmetic, *, floor: Floor, decided: int) -> Gate:
+def gate(arithmetic: Arithmetic, *, floor: Floor, decided: int, routed: bool = False) -> Gate:
     """The bounds for a target that computes so, where the reference is ``decided`` at so many positions. fp16, in the
-    arithmetic or in the cache, has its own, since the reference does not round there; all others have a multiple of the
-    measured floor."""
-    if "fp16" in (arithmetic.compute_dtype, arithmetic.kv_dtype):
+    arithmetic or in the cache, has its own, since the reference does not round there, but where a model is ``routed``,
+    of experts, and its floor as high; all others have a multiple of the measured floor."""
+    if in_fp16(arithmetic):
+        floors = (floor.mean_kl_nats, floor.worst_kl_nats) if routed else (0.0, 0.0)
         return Gate(
-            mean_kl_nats=FP16_MEAN_KL_NATS,
-            worst_kl_nats=FP16_WORST_KL_NATS,
+            mean_kl_nats=max(FP16_MEAN_KL_NATS, FLOOR_MULTIPLE * floors[0]),
+            worst_kl_nats=max(FP16_WORST_KL_NATS, FLOOR_MULTIPLE * floors[1]),
             decided_top1_agreement=(decided - _nearest(decided, FP16_POSITIONS_A_MISS)) / max(decided, 1),
         )
     return Gate(
@@ -137,6 +143,13 @@ def gate(arithmetic: Arithmetic, *, floor: Floor, decided: int) -> Gate:
         worst_kl_nats=FLOOR_MULTIPLE * floor.worst_kl_nats,
         decided_top1_agreement=0.0,
     )
+
+
+def in_fp16(arithmetic: Arithmetic) -> bool:
+    """Whether a target rounds to fp16 where the reference does not: it knows no arithmetic of it, and a cache of it
+    only where the products with it are fp16 too."""
+    kept_unseen = arithmetic.kv_dtype == "fp16" and arithmetic.product_dtype != "fp16"
+    return arithmetic.compute_dtype == "fp16" or kept_unseen
 
 
 def _nearest(count: int, divisor: int) -> int:
@@ -203,7 +216,8 @@ def parity_not_measured(reason: str, *, floor: Floor, decided: int, artifact: Ar
 
 
 def _gates(artifact: Artifact, *, floor: Floor, decided: int) -> dict[str, float]:
-    bounds = gate(artifact.arithmetic, floor=floor, decided=decided)
+    routed = artifact.spec.experts is not None
+    bounds = gate(artifact.arithmetic, floor=floor, decided=decided, routed=routed)
     return {
         "gate_mean_kl_nats": bounds.mean_kl_nats,
         "gate_worst_kl_nats": bounds.worst_kl_nats,

@@ -47,12 +47,14 @@ from exporter.errors import (
 from exporter.files import folder_in_progress, put_in_place, written_whole
 from exporter.forecast import foresee, refuse_what_does_not_fit
 from exporter.html import html
+from exporter.images import check_processor, copy_processor, prove_images
+from exporter.kept import why_decoded
 from exporter.limits import Limits, check_limits
 from exporter.memory import give_back_memory
-from exporter.model.graph import Graph
+from exporter.model.graph import Graph, Program
 from exporter.model.reference import FULL_PRECISION, Reference
-from exporter.model.trace import trace
-from exporter.parity import FEW_DECODES, drive_for
+from exporter.model.trace import trace_program
+from exporter.parity import FEW_DECODES, Drive, drive_for
 from exporter.prove import (
     ask_reference,
     make_goldens,
@@ -77,17 +79,21 @@ from exporter.spec import (
 from exporter.store import StoreKey, WeightStore
 from exporter.texts import Texts, as_recorded, check_recorded, read_texts
 from exporter.tokenizer import Tokenizer, open_tokenizer
-from targets.base import Target, arithmetic_for
+from targets.base import Target, arithmetic_for, seeing
 
 REPORT = "report.html"
 _FAILURES = {
     "codes": ParityError,
     "audit": LoweringError,
     "parity": ParityError,
+    "images": ParityError,
     "quality": BudgetError,
     "latency": BudgetError,
 }
 """What it means when the verdict of that kind is *failed*."""
+
+
+_NEEDS_CHECKPOINT = "{} needs the checkpoint: name it with --against"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +133,12 @@ class Material:
     tokenizer: Tokenizer
     texts: Texts
     store: WeightStore
-    graph: Graph
+    program: Program
+
+    @property
+    def graph(self) -> Graph:
+        """What text goes through."""
+        return self.program.text
 
 
 def export(plan: Plan, progress: Progress) -> list[Outcome]:
@@ -136,15 +147,19 @@ def export(plan: Plan, progress: Progress) -> list[Outcome]:
     Raises ExportError for what concerns all targets; what concerns one of them is in its outcome, and the others go on.
     """
     progress.stage("reading the checkpoint")
-    checkpoint = open_checkpoint(plan.checkpoint, adapter=plan.adapter)
+    checkpoint = _open(plan)
+    if checkpoint.left_out:
+        progress.note(checkpoint.left_out)
     chosen = {label: targets.load(label) for label in plan.targets}
     refuse_early(plan, checkpoint.spec, chosen)
+    if why := why_decoded(checkpoint.tensors, plan):
+        progress.note(why)
     tokenizer = open_tokenizer(plan.checkpoint, cache=plan.store)
-    tokenizer.refuse_beyond(checkpoint.spec.vocab_size)
+    tokenizer.refuse_beyond(checkpoint.spec.num_embeddings)
 
     progress.stage("tracing")
-    graph = trace(checkpoint.spec)
-    material = _quantize(plan, checkpoint, tokenizer, graph, progress=progress)
+    program = trace_program(checkpoint.spec)
+    material = _quantize(plan, checkpoint, tokenizer, program, progress=progress)
 
     progress.stage("quality: reference against full precision")
     quality = _quality_by_target(chosen, material, progress=progress)
@@ -155,11 +170,21 @@ def export(plan: Plan, progress: Progress) -> list[Outcome]:
     ]
 
 
+def _open(plan: Plan) -> Checkpoint:
+    return open_checkpoint(
+        plan.checkpoint,
+        adapter=plan.adapter,
+        decoded=not plan.scheme.kept,
+        images=plan.images,
+        head_tokens=plan.head_tokens,
+    )
+
+
 def _quantize(
     plan: Plan,
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
-    graph: Graph,
+    program: Program,
     *,
     recorded: Mapping[str, Any] | None = None,
     progress: Progress,
@@ -167,6 +192,7 @@ def _quantize(
     """Read the texts of the plan, and find or make its store; the one that a bundle was made from, if that is what its
     manifest has ``recorded``."""
     progress.stage("reading the text")
+    graph = program.text
     texts = read_texts(plan, checkpoint=checkpoint, tokenizer=tokenizer, graph=graph, progress=progress)
     if recorded:
         texts = as_recorded(texts, recorded, corpus=plan.corpus)
@@ -178,9 +204,9 @@ def _quantize(
     store, made = quantize(checkpoint, plan.scheme, root=plan.store, calibration=calibration, progress=progress)
     if recorded:
         check_recorded(store.calibration_facts(), recorded)
-    if plan.scheme.body.bits and not made:
+    if store.is_summed_up and not made:
         progress.note(f"reused the quantized weights in {store.folder}")
-    return Material(plan=plan, tokenizer=tokenizer, texts=texts, store=store, graph=graph)
+    return Material(plan=plan, tokenizer=tokenizer, texts=texts, store=store, program=program)
 
 
 def _mix_precisions(
@@ -237,9 +263,13 @@ def _make_bundle(
     label: str, target: Target, material: Material, folder: Path, *, quality: Report, progress: Progress
 ) -> dict[str, Any]:
     """Fill ``folder`` with the artifact, its goldens and a manifest with its verdicts; give the manifest."""
-    plan, store, graph = material.plan, material.store, material.graph
+    plan, graph = material.plan, material.graph
+    store = material.store.as_computed(arithmetic_for(target, plan))
     progress.stage(f"{label}: lowering")
-    artifact = target.lower(graph, store, plan, folder)
+    artifact = target.lower(material.program.decoder, store, plan, folder)
+    if vision := material.program.vision:
+        seeing(target).lower_vision(vision, store, plan, folder)
+        copy_processor(store.checkpoint.folder, folder)
     copy_tokenizer(material.tokenizer, folder)
     copy_licences(store.checkpoint, folder)
     write_recipe(folder, plan, target=label)
@@ -260,12 +290,13 @@ def _make_bundle(
     codes = prove_codes(target, artifact, expected=goldens.weight_sha256)
     progress.stage(f"{label}: parity")
     parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=plan)
+    images = _images(target, artifact, material, steps, progress=progress)
     audit = target.audit(artifact)
     progress.stage(f"{label}: latency")
     latency = prove_latency(target, artifact, ids=material.texts.evaluation, threads=plan.threads)
 
-    verdicts = Verdicts(codes=codes, audit=audit, parity=parity, quality=quality, latency=latency)
-    calibration = store.calibration_facts()
+    verdicts = Verdicts(codes=codes, audit=audit, parity=parity, images=images, quality=quality, latency=latency)
+    calibration = store.calibration_facts() | _rounded_scales(store, artifact, label=label, progress=progress)
     if material.texts.calibration:
         calibration |= {"seed": plan.sampling.seed, "evaluation_overlap": material.texts.overlap}
     described = describe_bundle(
@@ -274,6 +305,31 @@ def _make_bundle(
     outcome = Outcome(target=label, folder=folder, manifest=described, errors_by_tensor=_errors_by_tensor(store))
     (folder / REPORT).write_text(html([outcome]), encoding="utf-8")
     return write_manifest(folder, described)
+
+
+def _images(
+    target: Target, artifact: Artifact, material: Material, steps: Drive, *, progress: Progress
+) -> Report | None:
+    if artifact.spec.images is None:
+        return None
+    progress.stage("an image")
+    return prove_images(
+        seeing(target), artifact, program=material.program, store=material.store, plan=material.plan, steps=steps
+    )
+
+
+def _rounded_scales(store: WeightStore, artifact: Artifact, *, label: str, progress: Progress) -> dict[str, Any]:
+    """Of scales that the checkpoint has and the target does not hold as they are, for the manifest."""
+    rounded = store.rounded_scales
+    if not rounded:
+        return {}
+    arithmetic, largest = artifact.arithmetic, max(rounded.values())
+    dtypes = sorted({arithmetic.group_scale_dtype, arithmetic.row_scale_dtype} - {"fp32"})
+    progress.note(
+        f"{label}: the scales of {len(rounded)} matrices are rounded to {' or '.join(dtypes)}, by {largest:.2g} of "
+        "their size at most; every code is as it was"
+    )
+    return {"rounded_scales": {"dtypes": dtypes, "tensors": len(rounded), "largest_change": largest}}
 
 
 def validate(
@@ -315,20 +371,31 @@ def validate(
     if stood_in:
         raise UsageError(f"--device-report-file: {stood_in}", hint="leave it out, or validate on such a device")
     artifact = read_artifact(manifest, path=target.find(bundle))
+    if bisect and artifact.spec.images:
+        raise UsageError("--bisect knows no graph that sees images", hint="leave --bisect out")
     goldens = Goldens.read(bundle)
+    images = None
     if against is None:
         material = None
+        if artifact.spec.images:
+            images = Report(
+                verdict=Verdict.NOT_MEASURED,
+                reason=_NEEDS_CHECKPOINT.format("an image"),
+                figures=dict.fromkeys(("structure_max_abs_logit_diff", "mean_kl_nats")),
+            )
         codes, parity, quality = _prove_alone(target, artifact, goldens, threads=threads, progress=progress)
     else:
         recipe, sampling = read_calibration(manifest, bundle=bundle)
         plan = Plan(
             checkpoint=against,
             adapter=adapter,
+            head_tokens=artifact.spec.head_tokens,
             targets=(label,),
             scheme=artifact.scheme,
             context=artifact.context,
             logits=artifact.logits,
             prefer=artifact.prefer,
+            images=artifact.spec.images is not None,
             kv_cache=Precision.INT8 if artifact.arithmetic.kv_dtype in targets.INT8_CACHES.values() else None,
             recipe=recipe,
             sampling=sampling,
@@ -340,11 +407,12 @@ def validate(
             threads=threads,
         )
         progress.stage("reading the checkpoint")
-        checkpoint = open_checkpoint(against, adapter=adapter)
+        checkpoint = _open(plan)
         _check_source(manifest, checkpoint, bundle=bundle)
-        tokenizer, graph = Tokenizer(bundle), trace(checkpoint.spec)
-        material = _quantize(plan, checkpoint, tokenizer, graph, recorded=manifest["calibration"], progress=progress)
+        tokenizer, program = Tokenizer(bundle), trace_program(checkpoint.spec)
+        material = _quantize(plan, checkpoint, tokenizer, program, recorded=manifest["calibration"], progress=progress)
         codes, parity, quality = _prove_against(material, target, artifact, goldens, progress=progress)
+        images = _images(target, artifact, material, goldens.drive, progress=progress)
     bisection = None
     if bisect and material:
         progress.stage("bisecting")
@@ -352,7 +420,7 @@ def validate(
     progress.stage("latency")
     latency = prove_latency(target, artifact, ids=goldens.drive.ids, threads=threads)
     audit = target.audit(artifact)
-    verdicts = Verdicts(codes=codes, audit=audit, parity=parity, quality=quality, latency=latency)
+    verdicts = Verdicts(codes=codes, audit=audit, parity=parity, images=images, quality=quality, latency=latency)
     proven = {**manifest, **verdicts.to_json()}
     if device_report:
         with written_whole(device_report) as temporary:
@@ -383,7 +451,8 @@ def _bisect(target: Target, artifact: Artifact, material: Material, goldens: Gol
     first = drive.prefills[0]
     calls = {"prefill": drive.ids[:first], "decode": drive.ids[first : first + 1]}
     observation = target.observe(artifact, graph=graph, calls=[*calls.values()], threads=material.plan.threads)
-    return compare_ops(observation, graph, material.store, calls=calls)
+    store = material.store.as_computed(artifact.arithmetic)
+    return compare_ops(observation, graph, store, calls=calls)
 
 
 def _errors_by_tensor(store: WeightStore) -> dict[str, float]:
@@ -401,7 +470,7 @@ def _prove_alone(
     parity = prove_parity_by_goldens(target, artifact, goldens, threads=threads)
     quality = Report(
         verdict=Verdict.NOT_MEASURED,
-        reason="quality needs the checkpoint: name it with --against",
+        reason=_NEEDS_CHECKPOINT.format("quality"),
         figures=dict.fromkeys(("mean_kl_nats", "p99_kl_nats", "top1_agreement", "perplexity")),
     )
     return codes, parity, quality
@@ -411,7 +480,7 @@ def _prove_against(
     material: Material, target: Target, artifact: Artifact, goldens: Goldens, *, progress: Progress
 ) -> tuple[Report, Report, Report]:
     """Codes, parity and quality against a reference with the checkpoint's own weights, calibrated as recorded."""
-    store, graph = material.store, material.graph
+    store, graph = material.store.as_computed(artifact.arithmetic), material.graph
     progress.stage("codes")
     codes = prove_codes(target, artifact, expected=weight_digests(store))
     progress.stage("parity")
@@ -431,6 +500,8 @@ def refuse_early(plan: Plan, spec: ModelSpec, chosen: Mapping[str, Target]) -> N
             f"--context {plan.context} is more than the {spec.max_position_embeddings} positions of this model",
             hint=f"take --context {spec.max_position_embeddings} or less",
         )
+    if plan.images:
+        _refuse_images(plan, spec)
     _refuse_groups(plan.scheme, spec)
     if plan.budget_bytes or plan.max_kl_nats:
         open_matrices(spec, plan.scheme)
@@ -446,6 +517,17 @@ def refuse_early(plan: Plan, spec: ModelSpec, chosen: Mapping[str, Target]) -> N
         refuse_what_does_not_fit(foresee(plan, spec, device), device)
     _refuse_folder(plan)
     _refuse_full_disk(plan, spec)
+
+
+def _refuse_images(plan: Plan, spec: ModelSpec) -> None:
+    if spec.images is None:
+        raise UsageError("--images: this model sees none, or it is not known how", hint="leave --images out")
+    if plan.budget_bytes or plan.max_kl_nats:
+        raise UsageError(
+            "--images: what a matrix costs is measured on text, which some of these never see",
+            hint="leave --budget-mb and --max-kl out, or take --rule",
+        )
+    check_processor(plan.checkpoint, spec.images)
 
 
 def _missing(label: str, reason: str) -> MissingToolError:
@@ -502,8 +584,9 @@ def _quality_by_target(chosen: Mapping[str, Target], material: Material, *, prog
         evaluation_windows(material.texts.evaluation, bos=graph.spec.bos_token_id, context=material.plan.context),
         truth=Reference(graph, checkpoint, FULL_PRECISION, keep_bytes=0),
         candidates={
-            label: Reference(graph, store, arithmetic_for(target, material.plan), keep_bytes=0)
+            label: Reference(graph, store.as_computed(arithmetic), arithmetic, keep_bytes=0)
             for label, target in chosen.items()
+            for arithmetic in [arithmetic_for(target, material.plan)]
         },
         budget_nats=material.plan.max_kl_nats or MEAN_KL_NATS[store.scheme.body],
         on_layer=lambda: progress.advance(next(layers), passes * graph.spec.num_hidden_layers),

@@ -12,11 +12,13 @@ from exporter.checkpoint import read_spec
 from exporter.devices import find_device
 from exporter.errors import UsageError
 from exporter.forecast import fitting_context, is_roomy_for_int8, serving
+from exporter.kept import can_keep, kept_scheme, refuse_changes
 from exporter.spec import (
     EMBEDDING,
     GROUP_SIZES,
     HEAD,
     PER_ROW,
+    ROUTER,
     Logits,
     Method,
     ModelSpec,
@@ -52,12 +54,18 @@ class Choices(TypedDict, total=False):
     precision: str
     prefer: str
     head: str
+    head_tokens: list[int]
+    """The only tokens that the head keeps rows of; on the command line a JSON file that has them."""
     group_size: str
     rule: list[str]
     budget_mb: float
     max_kl: float
     context: int
     kv_cache: str
+    images: bool
+    """What looks at images is exported too."""
+    requantize: bool
+    """Codes that the checkpoint has are decoded and chosen anew."""
     logits: str
     calibration: str
     calibration_column: str
@@ -79,7 +87,8 @@ def plan(
     store: Path | str | None = None,
     **choices: Unpack[Choices],
 ) -> Plan:
-    """A run as asked for, with all defaults filled in. Reads the checkpoint's config and no weight.
+    """A run as asked for, with all defaults filled in. Reads the checkpoint's config and no weight; of a quantized one
+    the headers of its weights, too.
 
     ``adapter``: a folder of PEFT to be merged in; ``out``: folder for the bundles; ``store``: where quantized weights
     are kept, by default in the user's cache.
@@ -89,20 +98,27 @@ def plan(
         raise UsageError(
             "no target was named", hint="say --target executorch, onnxruntime, coreml or all; or name a phone: --device"
         )
-    spec = read_spec(Path(checkpoint))
-    choices, _ = settle(choices, spec)
+    images, requantize = choices.get("images", False), choices.get("requantize", False)
+    head_tokens = tuple(choices.get("head_tokens", ()))
+    spec = read_spec(Path(checkpoint), decoded=requantize, images=images, head_tokens=head_tokens)
+    kept = kept_scheme(Path(checkpoint), choices, spec)
+    settled, _ = settle(choices, spec, kept=kept)
+    labels = _targets(settled["target"], backends=settled.get("backend"))
+    if kept and can_keep(kept, labels):
+        refuse_changes(Path(checkpoint), kept, settled, adapter=Path(adapter) if adapter else None)
+        choices = settled
+    else:
+        kept, (choices, _) = None, settle(choices, spec)
     system = _system(choices)
     corpus, method = choices.get("calibration"), choices.get("method")
     _refuse_two_budgets(choices, calibrated=corpus != NO_CALIBRATION and method != "rtn")
     prefer = _prefer(choices)
-    body = _body(choices.get("precision"), prefer=prefer)
-    scheme = _weights_asked(choices, body=body, spec=spec)
+    scheme = kept or _weights_asked(choices, body=_body(choices.get("precision"), prefer=prefer), spec=spec)
     if prefer is Prefer.DECODE:
         scheme = _widened(scheme, asked=choices.get("group_size"), spec=spec)
     sampling = _only(choices, "windows", "window_length", "seed")
     longest = min(DEFAULT_WINDOW_LENGTH, spec.max_position_embeddings)
     budget_mb, text = choices.get("budget_mb"), choices.get("eval_text")
-    labels = _targets(choices["target"], backends=choices.get("backend"))
     if system:
         _refuse_system(labels, system, scheme, spec)
     return Plan(
@@ -110,8 +126,14 @@ def plan(
         adapter=Path(adapter) if adapter else None,
         targets=labels,
         scheme=scheme,
+        requantize=choices.get("requantize", False),
+        head_tokens=head_tokens,
         recipe=_recipe(
-            scheme, corpus=corpus, method=method, sampling=sampling, tuning=_only(choices, "act_order", "damping")
+            scheme,
+            corpus=NO_CALIBRATION if kept else corpus,
+            method=method,
+            sampling=sampling,
+            tuning=_only(choices, "act_order", "damping"),
         ),
         corpus=None if corpus == NO_CALIBRATION else corpus,
         corpus_column=choices.get("calibration_column"),
@@ -124,6 +146,7 @@ def plan(
         device=choices.get("device"),
         system=str(system) if system else None,
         kv_cache=_kv_cache(choices.get("kv_cache")),
+        images=choices.get("images", False),
         out=Path(out),
         store=Path(store) if store else default_store(),
         evaluation_text=Path(text) if text else None,
@@ -131,9 +154,10 @@ def plan(
     )
 
 
-def settle(choices: Choices, spec: ModelSpec) -> tuple[Choices, tuple[str, ...]]:
-    """The choices with all that a named device decides, and why each was decided so. Raises UsageError for an unknown
-    device, MissingToolError where nothing here serves it."""
+def settle(choices: Choices, spec: ModelSpec, *, kept: WeightScheme | None = None) -> tuple[Choices, tuple[str, ...]]:
+    """The choices with all that a named device decides, and why each was decided so. ``kept``: the scheme, where a
+    checkpoint's own codes decide it (``exporter.kept``). Raises UsageError for an unknown device, MissingToolError
+    where nothing here serves it."""
     if "device" not in choices:
         return choices, ()
     device, reasons = find_device(choices["device"]), []
@@ -150,8 +174,8 @@ def settle(choices: Choices, spec: ModelSpec) -> tuple[Choices, tuple[str, ...]]
         reasons.append(f"--target {label}: {why}")
     label = _targets(choices["target"], backends=choices.get("backend"))[0]
     context = choices.get("context") or min(DEFAULT_CONTEXT, spec.max_position_embeddings)
-    int4 = _weights_asked(choices, body=Precision.INT4, spec=spec)
-    if "precision" not in choices and "prefer" not in choices:
+    int4 = kept or _weights_asked(choices, body=Precision.INT4, spec=spec)
+    if not kept and "precision" not in choices and "prefer" not in choices:
         roomy = is_roomy_for_int8(label, spec, int4, device, context=context)
         body = Precision.INT8 if roomy else Precision.INT4
         choices = {**choices, "precision": body.value}
@@ -159,7 +183,7 @@ def settle(choices: Choices, spec: ModelSpec) -> tuple[Choices, tuple[str, ...]]
         reasons.append(f"--precision {body}: {why}")
     if "context" not in choices:
         body = _body(choices.get("precision"), prefer=_prefer(choices))
-        scheme = _weights_asked(choices, body=body, spec=spec)
+        scheme = kept or _weights_asked(choices, body=body, spec=spec)
         fitting = fitting_context(label, spec, scheme, device, wanted=context)
         choices = {**choices, "context": fitting}
         why = "the default" if fitting == context else f"{context} would not fit {device.name}"
@@ -177,21 +201,37 @@ def _weights_asked(choices: Choices, *, body: Precision, spec: ModelSpec) -> Wei
 
 def choices_of(plan: Plan) -> Choices:
     """The choices that give this plan again, every default among them, but where it reads and writes."""
-    scheme, recipe = plan.scheme, plan.recipe
-    chosen: Choices = {
+    asked: dict[str, Any] = {
+        "device": plan.device,
+        "os": plan.system,
+        "kv_cache": plan.kv_cache.value if plan.kv_cache else None,
+        "requantize": plan.requantize or None,
+        "images": plan.images or None,
+        "head_tokens": list(plan.head_tokens) or None,
+        "calibration": plan.corpus,
+        "calibration_column": plan.corpus_column,
+        "budget_mb": plan.budget_bytes / 1e6 if plan.budget_bytes is not None else None,
+        "max_kl": plan.max_kl_nats,
+        "eval_text": str(plan.evaluation_text) if plan.evaluation_text else None,
+    }
+    chosen: Any = {
         "target": ",".join(plan.targets),
-        "precision": scheme.body.value,
         "prefer": plan.prefer.value,
         "context": plan.context,
         "logits": plan.logits.value,
         "threads": plan.threads,
+        **_weight_choices(plan),
+        **{name: value for name, value in asked.items() if value is not None},
     }
-    if plan.device is not None:
-        chosen["device"] = plan.device
-    if plan.system is not None:
-        chosen["os"] = plan.system
-    if plan.kv_cache is not None:
-        chosen["kv_cache"] = plan.kv_cache.value
+    choices: Choices = chosen
+    return choices
+
+
+def _weight_choices(plan: Plan) -> dict[str, Any]:
+    scheme, recipe = plan.scheme, plan.recipe
+    if scheme.kept:
+        return {"head": scheme.head.value} if scheme.head.bits and not scheme.kept_kind(HEAD) else {}
+    chosen: dict[str, Any] = {"precision": scheme.body.value}
     if scheme.body.bits:
         chosen |= {
             "head": scheme.head.value,
@@ -206,16 +246,6 @@ def choices_of(plan: Plan) -> Choices:
             chosen["calibration"] = NO_CALIBRATION
         if recipe.method.compensates:
             chosen |= {"act_order": recipe.act_order, "damping": recipe.damping}
-    if plan.corpus is not None:
-        chosen["calibration"] = plan.corpus
-    if plan.corpus_column is not None:
-        chosen["calibration_column"] = plan.corpus_column
-    if plan.budget_bytes is not None:
-        chosen["budget_mb"] = plan.budget_bytes / 1e6
-    if plan.max_kl_nats is not None:
-        chosen["max_kl"] = plan.max_kl_nats
-    if plan.evaluation_text is not None:
-        chosen["eval_text"] = str(plan.evaluation_text)
     return chosen
 
 
@@ -228,7 +258,8 @@ def default_store() -> Path:
 def _targets(words: str, *, backends: str | None) -> tuple[str, ...]:
     """The labels that ``--target`` and ``--backend`` stand for."""
     named = _words(words)
-    named = targets.NAMES if "all" in named else named
+    if "all" in named:
+        named = tuple(dict.fromkeys((*targets.COMPILED, *(name for name in named if name != "all"))))
     pairs = {name: targets.split(name) for name in named}
     asked = _words(backends) if backends else ()
     known = {backend for target, _ in pairs.values() for backend in targets.BACKENDS[target]}
@@ -326,7 +357,7 @@ def _scheme(
     chosen = Precision(_one_of("--head", head, ["int8", "int4"])) if head else ends
     return WeightScheme(
         body=body,
-        embedding=chosen if spec.tie_word_embeddings else ends,
+        embedding=chosen if spec.tie_word_embeddings or spec.head_tokens else ends,
         head=chosen,
         group_size=sizes[group_size],
         rules=tuple(_rule(rule, spec=spec) for rule in rules),
@@ -342,6 +373,7 @@ def _rule(words: str, *, spec: ModelSpec) -> Rule:
         )
     rule = Rule(pattern=pattern, precision=Precision(_one_of("--rule ... =", precision, ["int8", "int4"])))
     matrices = [name for name, shape in spec.weights().items() if len(shape) == 2 and name not in (EMBEDDING, HEAD)]
+    matrices = [name for name in matrices if not name.endswith(ROUTER)]
     if not any(rule.matches(name) for name in matrices):
         names = [name.removeprefix("model.").removesuffix(".weight") for name in matrices]
         raise UsageError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from exporter.bundle import Goldens
@@ -22,8 +23,10 @@ from exporter.model.graph import Graph
 from exporter.model.reference import FULL_PRECISION, Reference, Weights
 from exporter.parity import (
     FEW_DECODES,
+    FLOOR_DRAWS,
     FLOOR_MULTIPLE,
     FLOOR_NOISE,
+    FP16_NOISE,
     Drive,
     Floor,
     GoldenLogits,
@@ -31,12 +34,13 @@ from exporter.parity import (
     all_at_once,
     check_parity,
     drive,
+    in_fp16,
     judge,
     parity_not_measured,
     structure_bound,
     structure_figures,
 )
-from exporter.spec import Artifact, Plan, Report, Verdict
+from exporter.spec import Arithmetic, Artifact, Plan, Report, Verdict
 from exporter.store import WeightStore
 from exporter.tokenizer import Tokenizer
 from targets.base import Target
@@ -63,15 +67,16 @@ class Answers:
 
 def ask_reference(graph: Graph, store: WeightStore, artifact: Artifact, steps: Drive) -> Answers:
     """Run the reference along ``steps``: as the target computes, and with the noise that gives the floor."""
-    shipped = all_at_once(Reference(graph, store, artifact.arithmetic, keep_bytes=0), steps)
-    noisy = all_at_once(Reference(graph, store, artifact.arithmetic, noise=FLOOR_NOISE, keep_bytes=0), steps)
-    return Answers(
-        graph=graph,
-        weights=store,
-        drive=steps,
-        shipped=shipped,
-        floor=Floor.of(kl_divergence(shipped, noisy)),
-    )
+    arithmetic = artifact.arithmetic
+    experts = graph.spec.experts is not None
+    noise = FP16_NOISE if experts and in_fp16(arithmetic) else FLOOR_NOISE
+
+    def answer(noise: float = 0.0, *, seed: int = 0) -> Tensor:
+        return all_at_once(Reference(graph, store, arithmetic, noise=noise, seed=seed, keep_bytes=0), steps)
+
+    shipped = answer()
+    moved = [kl_divergence(shipped, answer(noise, seed=seed)) for seed in range(FLOOR_DRAWS if experts else 1)]
+    return Answers(graph=graph, weights=store, drive=steps, shipped=shipped, floor=Floor.of(torch.stack(moved)))
 
 
 def make_goldens(
@@ -160,7 +165,8 @@ def _prove_structure(
     for ours, true in zip(
         *(target.structure_parts(whole, plan.scheme) for whole in (graph, answers.graph)), strict=True
     ):
-        expected = _in_full_precision(true, answers, steps)
+        precisely = replace(FULL_PRECISION, angles=artifact.arithmetic.angles)
+        expected = _answers_in(precisely, true, answers, steps)
         with (
             tempfile.TemporaryDirectory(prefix="llama-export-") as scratch,
             target.open_structure(artifact, graph=ours, store=store, plan=plan, scratch=Path(scratch)) as runner,
@@ -170,14 +176,14 @@ def _prove_structure(
             give_back_memory()
         allowed = structure_bound(artifact)
         if large and not difference <= allowed:
-            moved = (_in_full_precision(true, answers, steps, noise=FLOOR_NOISE) - expected).abs().max().item()
+            moved = (_answers_in(precisely, true, answers, steps, noise=FLOOR_NOISE) - expected).abs().max().item()
             allowed = max(allowed, FLOOR_MULTIPLE * moved)
         found.append(Structure(max_abs_logit_diff=difference, allowed=allowed, positions=len(steps.positions)))
     return max(found, key=lambda one: inf if isnan(one.max_abs_logit_diff) else one.max_abs_logit_diff / one.allowed)
 
 
-def _in_full_precision(graph: Graph, answers: Answers, steps: Drive, *, noise: float = 0.0) -> Tensor:
-    return all_at_once(Reference(graph, answers.weights, FULL_PRECISION, noise=noise, keep_bytes=0), steps)
+def _answers_in(arithmetic: Arithmetic, graph: Graph, answers: Answers, steps: Drive, *, noise: float = 0.0) -> Tensor:
+    return all_at_once(Reference(graph, answers.weights, arithmetic, noise=noise, keep_bytes=0), steps)
 
 
 def prove_parity_by_goldens(target: Target, artifact: Artifact, goldens: Goldens, *, threads: int) -> Report:

@@ -47,7 +47,9 @@ def measure_quality(
     on_layer: Callable[[], None],
 ) -> dict[str, Report]:
     """A report for each of the ``candidates``, all of them compared with one pass of ``truth``; what is above
-    ``budget_nats`` of mean KL has failed.
+    ``budget_nats`` of mean KL has failed. A head of some tokens has all figures over these alone: the model's own
+    distribution, of which theirs is the part that is left and made whole again; and perplexity where one of them
+    follows.
 
     Each reference computes one decoder layer for all windows, which have one length, before the next; then all heads
     compute a few windows at a time, whose logits are compared and forgotten. ``on_layer`` is called after each layer of
@@ -56,19 +58,20 @@ def measure_quality(
     kl: dict[str, list[torch.Tensor]] = {name: [] for name in candidates}
     nll: dict[str, list[torch.Tensor]] = {name: [] for name in candidates}
     agree: dict[str, list[torch.Tensor]] = {name: [] for name in candidates}
-    truth_nll = []
+    truth_nll: list[torch.Tensor] = []
+    kept = truth.spec.head_tokens
     ids = torch.tensor(windows)  # [W, T]
     at_once = max(1, HEAD_POSITIONS // ids.shape[1])
     exact = truth.before_head(ids, on_layer).split(at_once)
     lossy = {name: candidate.before_head(ids, on_layer).split(at_once) for name, candidate in candidates.items()}
     for part, some in enumerate(ids.split(at_once)):
         expected = truth.head(exact[part])  # [w, T, V]
-        truth_nll += [negative_log_likelihood(row[:-1], window[1:]) for row, window in zip(expected, some, strict=True)]
+        truth_nll += [_nll(row, window, kept) for row, window in zip(expected, some, strict=True)]
         for name, candidate in candidates.items():
             got = candidate.head(lossy[name][part])
             for wanted, found, window in zip(expected, got, some, strict=True):
                 kl[name].append(kl_divergence(wanted, found))
-                nll[name].append(negative_log_likelihood(found[:-1], window[1:]))
+                nll[name].append(_nll(found, window, kept))
                 agree[name].append(top1_agreement(wanted, found))
     reports = {}
     for name in candidates:
@@ -85,9 +88,26 @@ def measure_quality(
                 "p99_kl_nats": torch.quantile(divergence, 0.99).item(),
                 "budget_mean_kl_nats": budget_nats,
                 "top1_agreement": torch.cat(agree[name]).double().mean().item(),
-                "perplexity": perplexity(torch.cat(nll[name])),
-                "reference_perplexity": perplexity(torch.cat(truth_nll)),
+                "perplexity": _perplexity(nll[name]),
+                "reference_perplexity": _perplexity(truth_nll),
                 "positions": len(divergence),
+                **({"head_tokens": len(kept)} if kept else {}),
             },
         )
     return reports
+
+
+def _nll(logits: torch.Tensor, ids: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
+    """Of each token of ``ids`` ``[T]`` but the first, by the logits ``[T, V]`` before it; of those alone that are
+    ``kept``, where some are."""
+    before, after = logits[:-1], ids[1:]
+    if kept:
+        count = torch.isin(after, torch.tensor(kept))
+        before, after = before[count], after[count]
+    return negative_log_likelihood(before, after)
+
+
+def _perplexity(nll: Sequence[torch.Tensor]) -> float | None:
+    """None where the text has no token that counts."""
+    together = torch.cat([*nll])
+    return perplexity(together) if len(together) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,17 +15,23 @@ fp32 (ONNX Runtime) hold the same value: a bf16 significand (8 bits) fits fp16's
 exponent is in fp16's range, and 2**-17 leaves room for eight significant bits among fp16's subnormals (2**-24)."""
 
 CODE_RANGE = {4: (-8, 7), 8: (-127, 127)}
-"""Smallest and largest code for each bit width. int8 leaves -128 out so that negation stays in range."""
+"""Smallest and largest code for each bit width. int8 leaves -128 out so that negation stays in range; codes made
+elsewhere may have it."""
+
+SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 ALL_ROWS = slice(None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedTensor:
-    """Symmetric codes of one weight matrix; ``dequantize`` is its definition.
+    """Codes of one weight matrix; ``dequantize`` is its definition.
 
     ``codes``: int8 ``[N, K]``, within ``CODE_RANGE[bits]`` (int4 is unpacked in memory, packed on disk).
-    ``scales``: float32 ``[N, K / group_size]`` on the bf16 grid; one per row when ``group_size == K``.
+    ``scales``: float32 ``[N, K / group_size]``, one per row when ``group_size == K``; those that we choose lie on the
+    bf16 grid.
+    ``zeros``: int8 ``[N, K / group_size]``, the code of each group that stands for 0; None where that is 0, as in all
+    codes that we choose.
     """
 
     name: str
@@ -33,15 +39,17 @@ class QuantizedTensor:
     group_size: int
     codes: Tensor
     scales: Tensor
+    zeros: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
         expected = (rows, columns // self.group_size)
-        if columns % self.group_size or tuple(self.scales.shape) != expected:
-            raise ValueError(
-                f"{self.name}: scales are {tuple(self.scales.shape)}, but codes {(rows, columns)} "
-                f"in groups of {self.group_size} want {expected}"
-            )
+        for kind, found in (("scales", self.scales), ("zero points", self.zeros)):
+            if found is not None and (columns % self.group_size or tuple(found.shape) != expected):
+                raise ValueError(
+                    f"{self.name}: {kind} are {tuple(found.shape)}, but codes {(rows, columns)} "
+                    f"in groups of {self.group_size} want {expected}"
+                )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -49,9 +57,17 @@ class QuantizedTensor:
         return rows, columns
 
     def dequantize(self, rows: slice | Tensor = ALL_ROWS) -> Tensor:
-        """float32 ``[n, K]`` of ``rows`` (int64 ``[n]``): code times the scale of its group, exact in float32."""
+        """float32 ``[n, K]`` of ``rows`` (int64 ``[n]``): code less zero point, times the scale of its group; exact in
+        float32 where the scale has 15 significant bits or fewer."""
         codes, scales = self.codes[rows], self.scales[rows]
-        return codes.view(len(codes), -1, self.group_size).float().mul_(scales.unsqueeze(-1)).view(codes.shape)
+        values = codes.view(len(codes), -1, self.group_size).float()
+        if self.zeros is not None:
+            values.sub_(self.zeros[rows].unsqueeze(-1))
+        return values.mul_(scales.unsqueeze(-1)).view(codes.shape)
+
+    def with_scales_in(self, dtype: str) -> QuantizedTensor:
+        """The same with each scale rounded to ``dtype``, of ``SCALE_DTYPES``."""
+        return replace(self, scales=self.scales.to(SCALE_DTYPES[dtype]).float())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -95,5 +95,8 @@ def _check(value: Any, wanted: Mapping[str, Any], *, place: str) -> None:
         "array": (list,),
     }
     fits = any(isinstance(value, python[kind]) and (kind == "boolean" or not isinstance(value, bool)) for kind in kinds)
-    if not fits or (isinstance(value, list) and not all(isinstance(item, str) for item in value)):
+    if fits and isinstance(value, list):
+        (item_kind,) = python[wanted["items"]["type"]]
+        fits = all(type(item) is item_kind for item in value)
+    if not fits:
         raise InputError(f"{place} is {value!r}, {' or '.join(kinds)} was expected", hint="see docs/recipe.schema.json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +96,7 @@ def print_outcomes(outcomes: list[Outcome]) -> None:
             table.add_row(outcome.target, "[bold red]no artifact[/]")
             continue
         verdicts = [_verdict(manifest[kind]["verdict"]) for kind in _KINDS]
-        size = sum(entry["bytes"] for entry in manifest["files"] if entry["path"].startswith("model")) / 1e6
+        size = sum(entry["bytes"] for entry in manifest["files"] if entry["path"].startswith(("model", "vision"))) / 1e6
         latency = manifest["latency"]
         table.add_row(
             outcome.target,
@@ -108,15 +108,13 @@ def print_outcomes(outcomes: list[Outcome]) -> None:
         )
         reasons += [
             f"{outcome.target}: {kind} {manifest[kind]['verdict']}: {manifest[kind]['reason']}"
-            for kind in (*_KINDS, "audit")
+            for kind in (*_KINDS, "audit", "images")
             if kind in manifest and manifest[kind].get("reason")
         ]
     console.print(table)
     for outcome in outcomes:
         if outcome.manifest:
-            console.print(_parity_line(outcome), highlight=False, soft_wrap=True)
-            if audit := outcome.manifest.get("audit"):
-                line = f"{outcome.target}: audit {audit['verdict']}: {audit_figure(audit)}"
+            for line in _proof_lines(outcome):
                 console.print(line, highlight=False, soft_wrap=True, markup=False)
     for outcome in outcomes:
         reasons += [
@@ -155,17 +153,23 @@ def print_comparison(found: Comparison) -> None:
 
 def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """What ``inspect`` tells of a checkpoint: its figures, sizes and dtypes, from headers alone."""
+    from collections import Counter
     from dataclasses import asdict
+
+    from exporter.checkpoint import LazyCodes
 
     spec = checkpoint.spec
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()})
+    codes = [f"{t.kind.source} {t.kind}" for t in checkpoint.tensors.values() if isinstance(t, LazyCodes) and t.kind]
     files = {file for tensor in checkpoint.tensors.values() for file in tensor.files}
     return {
         "kind": "checkpoint",
         "folder": str(checkpoint.folder),
         **asdict(spec),
         "parameters": spec.parameters,
+        **({"left_out": checkpoint.left_out} if checkpoint.left_out else {}),
         "dtypes": dtypes,
+        **({"codes": dict(Counter(codes))} if codes else {}),
         "files": len(files),
         "bytes": sum(file.stat().st_size for file in files),
     }
@@ -191,15 +195,24 @@ def _flatten(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
     return rows
 
 
-def _parity_line(outcome: Outcome) -> str:
+def _proof_lines(outcome: Outcome) -> Iterator[str]:
     assert outcome.manifest is not None
-    parity = outcome.manifest["parity"]
+    yield _parity_line(outcome, "parity")
+    if "images" in outcome.manifest:
+        yield _parity_line(outcome, "images")
+    if audit := outcome.manifest.get("audit"):
+        yield f"{outcome.target}: audit {audit['verdict']}: {audit_figure(audit)}"
+
+
+def _parity_line(outcome: Outcome, kind: str) -> str:
+    assert outcome.manifest is not None
+    parity, name = outcome.manifest[kind], "parity" if kind == "parity" else "parity with an image"
     if parity["mean_kl_nats"] is None:
-        return f"{outcome.target}: parity not measured; {parity['runtime']}"
+        return f"{outcome.target}: {name} not measured; {parity.get('runtime', parity.get('reason'))}"
     structure = parity["structure_max_abs_logit_diff"]
     told = "not run" if structure is None else f"{structure:.1e}"
     return (
-        f"{outcome.target}: parity over {parity['positions']} positions: structure {told}, "
+        f"{outcome.target}: {name} over {parity['positions']} positions: structure {told}, "
         f"KL {parity['mean_kl_nats']:.1e} (floor {parity['floor_kl_nats']:.1e}), worst {parity['worst_kl_nats']:.1e}, "
         f"top-1 {parity['top1_agreement']:.1%}; {parity['runtime']}"
     )

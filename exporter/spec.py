@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+LAYERS = "model.layers."
+VISION = ("vision_model.", "multi_modal_projector.")
+"""How the names of all that turns an image into states begin."""
+EXPERTS = ".feed_forward.experts."
+"""In the names of the matrices of experts."""
+ROUTER = ".feed_forward.router.weight"
+"""How the name of a matrix ends that chooses experts. It has a row for each, next to nothing, and a choice that falls
+otherwise changes all that follows."""
+
+MOST = 1024
+"""Layers, experts of a layer or tiles of an image at the most, eight times what any Llama has: a number beyond it is
+damage, and would be counted to for ever."""
 
 LARGE_PARAMETERS = 500_000_000
 """About as many as are kept in float32 between calls (``exporter.model.reference.KEEP_BYTES``); of a larger model each
@@ -47,6 +61,101 @@ class RopeSpec:
             raise ValueError("RoPE has a factor that is no positive number")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """How attention differs from layer to layer; as it stands, not at all."""
+
+    attention_chunk_size: int = 0
+    """Positions of a chunk: a query of a chunked layer sees the keys of its own only. 0: none is chunked."""
+    chunked_layers: tuple[int, ...] = ()
+    unrotated_layers: tuple[int, ...] = ()
+    """Without positions (NoPE)."""
+    use_qk_norm: bool = False
+    """Whether rotated queries and keys are divided by their root mean square."""
+    floor_scale: int = 0
+    """Positions for which queries of unrotated layers are of one temperature; 0: of all."""
+    attn_scale: float = 0.0
+    """How far it rises: times 1 + attn_scale * log(1 + floor((position + 1) / floor_scale)) (Nakanishi 2025,
+    arXiv:2501.19399, as Llama 4 has it)."""
+
+    def __post_init__(self) -> None:
+        if self.chunked_layers and self.attention_chunk_size < 1:
+            raise ValueError(f"attention_chunk_size is {self.attention_chunk_size!r}, a positive integer was expected")
+
+    def chunk(self, layer: int) -> int:
+        """Positions of a chunk of ``layer``; 0: it sees all."""
+        return self.attention_chunk_size if layer in self.chunked_layers else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertSpec:
+    """Layers in which a router gives each token to a few of many MLPs, beside one that all tokens pass. ``ModelSpec``'s
+    ``intermediate_size`` is that of each expert."""
+
+    num_local_experts: int
+    num_experts_per_tok: int
+    moe_layers: tuple[int, ...]
+    """Those that have experts."""
+    intermediate_size_mlp: int
+    """Of the layers that have none."""
+
+    def __post_init__(self) -> None:
+        if self.num_local_experts > MOST:
+            raise ValueError(f"num_local_experts is {self.num_local_experts}, {MOST} at most was expected")
+        if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}, 1 to num_local_experts "
+                f"({self.num_local_experts}) were expected"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSpec:
+    """How a decoder sees images (Llama 3.2 Vision): a vision transformer over tiles gives states, of which layers of
+    their own between the decoder's take keys and values. Fields have the names of ``vision_config``, but for the
+    first two."""
+
+    cross_attention_layers: tuple[int, ...]
+    """Their numbers in the checkpoint, which counts them among the decoder's."""
+    image_token_id: int
+    """The token that stands for an image in a text."""
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_global_layers: int
+    attention_heads: int
+    num_channels: int
+    image_size: int
+    """Pixels of a side of a tile."""
+    patch_size: int
+    norm_eps: float
+    max_num_tiles: int
+    intermediate_layers_indices: tuple[int, ...]
+    """Layers whose states are given besides the last."""
+    supported_aspect_ratios: tuple[tuple[int, int], ...]
+    """Tiles one above the other and side by side, in the order of their ids, from 1 on."""
+
+    def __post_init__(self) -> None:
+        for over, under in (("hidden_size", "attention_heads"), ("image_size", "patch_size")):
+            if getattr(self, over) % getattr(self, under):
+                raise ValueError(
+                    f"{over} ({getattr(self, over)}) of the vision_config must be divisible by {under} "
+                    f"({getattr(self, under)})"
+                )
+        if any(high * wide > self.max_num_tiles for high, wide in self.supported_aspect_ratios):
+            raise ValueError(f"max_num_tiles is {self.max_num_tiles}, too few for supported_aspect_ratios")
+
+    @property
+    def tile_states(self) -> int:
+        """What a tile gives: a state for each patch, and one for the tile."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def output_size(self) -> int:
+        """Channels of a state (``vision_output_dim``)."""
+        return self.hidden_size * (1 + len(self.intermediate_layers_indices))
+
+
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
@@ -55,7 +164,7 @@ _SIZES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A dense Llama decoder: every figure that its graph depends on, under its ``config.json`` name."""
+    """A Llama decoder: every figure that its graph depends on, under its ``config.json`` name."""
 
     name: str
     vocab_size: int
@@ -72,12 +181,29 @@ class ModelSpec:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     """Every token that ends an answer, the first of them the main one."""
+    attention: AttentionSpec = AttentionSpec()
+    experts: ExpertSpec | None = None
+    """None: of a dense model."""
+    images: ImageSpec | None = None
+    """None: of text alone."""
+    layer_numbers: tuple[int, ...] = ()
+    """Of the decoder's layers in the checkpoint, by which weights are named, where it counts others among them; empty
+    where they are 0, 1, 2, ..."""
+    extra_embeddings: int = 0
+    """Rows of the embedding behind the vocabulary: tokens that are read and never written."""
+    adapter_rank: int = 0
+    """Of the adapter beside each linear of the layers, B A x with A of so many rows; 0: there is none."""
+    head_tokens: tuple[int, ...] = ()
+    """Of a pruned head (Fedorov et al. 2024, arXiv:2411.17713): the token of each of its rows; none: a row for every
+    token of the vocabulary. Such a head is never tied."""
 
     def __post_init__(self) -> None:
         for name in _SIZES:
             size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
+            if type(size) is not int or size < 1:
                 raise ValueError(f"{name} is {size!r}, a positive integer was expected")
+        if self.num_hidden_layers > MOST:
+            raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}, {MOST} at most was expected")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be divisible by "
@@ -85,32 +211,72 @@ class ModelSpec:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary embedding turns pairs of channels")
+        self._check_head_tokens()
         if self.rope.factors and len(self.rope.factors) != self.head_dim // 2:
             raise ValueError(
                 f"RoPE has {len(self.rope.factors)} factors, half of head_dim ({self.head_dim}) was expected"
             )
 
-    def weights(self) -> dict[str, tuple[int, ...]]:
+        if self.layer_numbers and len(self.layer_numbers) != self.num_hidden_layers:
+            raise ValueError(f"{len(self.layer_numbers)} of {self.num_hidden_layers} layers have a number")
+        if self.tie_word_embeddings and self.extra_embeddings:
+            raise ValueError(
+                f"tie_word_embeddings is true, but the embedding has {self.extra_embeddings} rows that a head has not"
+            )
+
+    def text_alone(self) -> ModelSpec:
+        """The same model for one who shows it no image: layers that look at one are passed over, as transformers does
+        without ``pixel_values``."""
+        return replace(self, images=None)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Tokens that can be read."""
+        return self.vocab_size + self.extra_embeddings
+
+    def layer_name(self, layer: int) -> str:
+        """How the names of the weights of a decoder layer begin, up to the dot."""
+        return f"{LAYERS}{self.layer_numbers[layer] if self.layer_numbers else layer}"
+
+    def layer_of(self, name: str) -> int | None:
+        """The decoder layer that has the weight called ``name``; None for any other."""
+        if not name.startswith(LAYERS):
+            return None
+        number = int(name.removeprefix(LAYERS).partition(".")[0])
+        if not self.layer_numbers:
+            return number
+        return self.layer_numbers.index(number) if number in self.layer_numbers else None
+
+    def _check_head_tokens(self) -> None:
+        if self.head_tokens and self.tie_word_embeddings:
+            raise ValueError("a head of some tokens has rows of its own, but tie_word_embeddings is true")
+        if len(set(self.head_tokens)) < len(self.head_tokens):
+            twice = next(token for token in self.head_tokens if self.head_tokens.count(token) > 1)
+            raise ValueError(f"head token {twice} is named twice")
+        for token in self.head_tokens:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"head token {token} is outside the vocabulary of {self.vocab_size}")
+        if self.head_tokens and self.eos_token_ids and not set(self.head_tokens) & set(self.eos_token_ids):
+            stops = ", ".join(map(str, self.eos_token_ids))
+            raise ValueError(f"no head token ends an answer, one of {stops} was expected")
+
+    def weights(self) -> Mapping[str, tuple[int, ...]]:
         """Name and shape of every stored tensor, in the order of the model; a tied head is not one of them."""
-        hidden, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        layer = {
-            "input_layernorm": (hidden,),
-            "self_attn.q_proj": (heads * self.head_dim, hidden),
-            "self_attn.k_proj": (kv_heads * self.head_dim, hidden),
-            "self_attn.v_proj": (kv_heads * self.head_dim, hidden),
-            "self_attn.o_proj": (hidden, heads * self.head_dim),
-            "post_attention_layernorm": (hidden,),
-            "mlp.gate_proj": (self.intermediate_size, hidden),
-            "mlp.up_proj": (self.intermediate_size, hidden),
-            "mlp.down_proj": (hidden, self.intermediate_size),
-        }
-        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, hidden)}
-        for index in range(self.num_hidden_layers):
-            shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
-        shapes[FINAL_NORM] = (hidden,)
-        if not self.tie_word_embeddings:
-            shapes[HEAD] = (self.vocab_size, hidden)
-        return shapes
+        return _weights(self)
+
+    def has_experts(self, layer: int) -> bool:
+        return self.experts is not None and layer in self.experts.moe_layers
+
+    def share(self, name: str) -> float:
+        """Of tokens that meet the weight ``name``, where those of a text come to all experts alike."""
+        if self.experts is None or EXPERTS not in name:
+            return 1.0
+        return self.experts.num_experts_per_tok / self.experts.num_local_experts
+
+    @property
+    def widest_mlp(self) -> int:
+        """Channels inside of the widest MLP."""
+        return max(self.intermediate_size, self.experts.intermediate_size_mlp if self.experts else 0)
 
     def stored_name(self, name: str) -> str:
         """The tensor that holds weight ``name``: a tied head lies in the embedding."""
@@ -124,6 +290,112 @@ class ModelSpec:
     def is_large(self) -> bool:
         """Whether proofs take less of what costs a pass over all weights for each token: see ``LARGE_PARAMETERS``."""
         return self.parameters > LARGE_PARAMETERS
+
+
+@cache
+def _weights(spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
+    """Of 128 experts in each of 24 layers there are 9,500."""
+    hidden, heads, kv_heads = spec.hidden_size, spec.num_attention_heads, spec.num_key_value_heads
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.num_embeddings, hidden)}
+    for index in range(spec.num_hidden_layers):
+        layer = {
+            "input_layernorm": (hidden,),
+            "self_attn.q_proj": (heads * spec.head_dim, hidden),
+            "self_attn.k_proj": (kv_heads * spec.head_dim, hidden),
+            "self_attn.v_proj": (kv_heads * spec.head_dim, hidden),
+            "self_attn.o_proj": (hidden, heads * spec.head_dim),
+            "post_attention_layernorm": (hidden,),
+            **_mlps(spec, index),
+        }
+        if rank := spec.adapter_rank:
+            for name, shape in list(layer.items()):
+                if len(shape) == 2:
+                    layer |= {f"{name}.lora_A": (rank, shape[1]), f"{name}.lora_B": (shape[0], rank)}
+        shapes |= {f"{spec.layer_name(index)}.{name}.weight": shape for name, shape in layer.items()}
+    shapes[FINAL_NORM] = (hidden,)
+    if not spec.tie_word_embeddings:
+        shapes[HEAD] = (len(spec.head_tokens) or spec.vocab_size, hidden)
+    if spec.images:
+        shapes |= _cross_attention(spec, spec.images) | _vision(spec.images, hidden=hidden)
+    return MappingProxyType(shapes)
+
+
+def _cross_attention(spec: ModelSpec, images: ImageSpec) -> dict[str, tuple[int, ...]]:
+    queries, keys = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+    hidden, intermediate = spec.hidden_size, spec.intermediate_size
+    layer = {
+        "input_layernorm.weight": (hidden,),
+        "cross_attn.q_proj.weight": (queries, hidden),
+        "cross_attn.k_proj.weight": (keys, hidden),
+        "cross_attn.v_proj.weight": (keys, hidden),
+        "cross_attn.o_proj.weight": (hidden, queries),
+        "cross_attn.q_norm.weight": (spec.head_dim,),
+        "cross_attn.k_norm.weight": (spec.head_dim,),
+        "cross_attn_attn_gate": (1,),
+        "post_attention_layernorm.weight": (hidden,),
+        **{f"{name}.weight": shape for name, shape in _mlp("mlp", spec, intermediate).items()},
+        "cross_attn_mlp_gate": (1,),
+    }
+    return {
+        f"{LAYERS}{number}.{name}": shape for number in images.cross_attention_layers for name, shape in layer.items()
+    }
+
+
+def _vision(images: ImageSpec, *, hidden: int) -> dict[str, tuple[int, ...]]:
+    """The patch embedding as the matrix that it is, over the channels, rows and columns of a patch."""
+    size, tiles, states = images.hidden_size, images.max_num_tiles, images.tile_states
+    ids = len(images.supported_aspect_ratios) + 1  # 0 is no image
+    norm = {"weight": (size,), "bias": (size,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "patch_embedding.weight": (size, images.num_channels * images.patch_size**2),
+        "class_embedding": (size,),
+        "gated_positional_embedding.gate": (1,),
+        "gated_positional_embedding.embedding": (states, size),
+        "gated_positional_embedding.tile_embedding.weight": (ids, tiles * states * size),
+        **{f"{place}_tile_positional_embedding.gate": (1,) for place in ("pre", "post")},
+        **{f"{place}_tile_positional_embedding.embedding.weight": (ids, tiles * size) for place in ("pre", "post")},
+        **{f"layernorm_{place}.{part}": shape for place in ("pre", "post") for part, shape in norm.items()},
+    }
+    layer: dict[str, tuple[int, ...]] = {
+        **{f"input_layernorm.{part}": shape for part, shape in norm.items()},
+        **{f"self_attn.{part}_proj.weight": (size, size) for part in "qkvo"},
+        **{f"post_attention_layernorm.{part}": shape for part, shape in norm.items()},
+        "mlp.fc1.weight": (images.intermediate_size, size),
+        "mlp.fc1.bias": (images.intermediate_size,),
+        "mlp.fc2.weight": (size, images.intermediate_size),
+        "mlp.fc2.bias": (size,),
+    }
+    for index in range(images.num_hidden_layers):
+        shapes |= {f"transformer.layers.{index}.{name}": shape for name, shape in layer.items()}
+    gated: dict[str, tuple[int, ...]] = {**layer, "gate_attn": (1,), "gate_ffn": (1,)}
+    for index in range(images.num_global_layers):
+        shapes |= {f"global_transformer.layers.{index}.{name}": shape for name, shape in gated.items()}
+    return {
+        **{f"vision_model.{name}": shape for name, shape in shapes.items()},
+        "multi_modal_projector.weight": (hidden, images.output_size),
+        "multi_modal_projector.bias": (hidden,),
+    }
+
+
+def _mlps(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
+    if spec.experts is None:
+        return _mlp("mlp", spec, spec.intermediate_size)
+    if not spec.has_experts(layer):
+        return _mlp("feed_forward", spec, spec.experts.intermediate_size_mlp)
+    count = spec.experts.num_local_experts
+    shapes: dict[str, tuple[int, ...]] = {"feed_forward.router": (count, spec.hidden_size)}
+    shapes |= _mlp("feed_forward.shared_expert", spec, spec.intermediate_size)
+    for expert in range(count):
+        shapes |= _mlp(f"feed_forward.experts.{expert}", spec, spec.intermediate_size)
+    return shapes
+
+
+def _mlp(name: str, spec: ModelSpec, intermediate: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{name}.gate_proj": (intermediate, spec.hidden_size),
+        f"{name}.up_proj": (intermediate, spec.hidden_size),
+        f"{name}.down_proj": (spec.hidden_size, intermediate),
+    }
 
 
 class Precision(StrEnum):
@@ -166,8 +438,36 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CodeKind:
+    """How a checkpoint has made codes of a matrix."""
+
+    source: str
+    """Who made them: gptq, awq, compressed-tensors, gguf, spinquant or qlora."""
+    precision: Precision
+    group_size: int
+    """Columns that share a scale, or ``PER_ROW``."""
+    zero_points: bool
+    """Whether a group has a code of its own that stands for 0."""
+    signed_scales: bool = False
+    """Whether a scale may be below 0, as in Q4_0: there the value farthest from 0 has code -8 whatever its sign."""
+
+    def __str__(self) -> str:
+        groups = f"in groups of {self.group_size}" if self.group_size else "by row"
+        return f"{self.precision} {groups}{', with zero points' if self.zero_points else ''}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptCodes:
+    """Matrices of one kind that stay the codes that the checkpoint has."""
+
+    kind: CodeKind
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightScheme:
-    """Which precision each weight matrix is stored in; norms are float32 always. The same for every target."""
+    """Which precision each weight matrix is stored in; norms and routers are float32 always. The same for every
+    target."""
 
     body: Precision
     embedding: Precision
@@ -176,16 +476,42 @@ class WeightScheme:
     """Columns that share an int4 scale, or ``PER_ROW``; int8 has one scale per row, a palette none."""
     rules: tuple[Rule, ...] = ()
     """Matrices of the body that are stored otherwise than ``body``; the last rule that matches counts."""
+    kept: tuple[KeptCodes, ...] = ()
+    """Matrices that nothing above is said of: their codes are the checkpoint's own."""
 
     def precision(self, name: str) -> Precision:
         """Of the weight matrix called ``name``."""
+        if kind := self.kept_kind(name):
+            return kind.precision
         if name in (EMBEDDING, HEAD):
             return self.embedding if name == EMBEDDING else self.head
+        if name.endswith(ROUTER):
+            return Precision.FP32
+        if name.startswith(VISION) and self.body.bits:
+            return self._vision(name)
         return next((rule.precision for rule in reversed(self.rules) if rule.matches(name)), self.body)
+
+    def _vision(self, name: str) -> Precision:
+        """Of a quantized scheme: int8, since no text calibrates what turns images into states; what is no product, and
+        the patch embedding, whose columns fit no block, float16."""
+        if "embedding" in name:
+            return Precision.FP16
+        return next((rule.precision for rule in reversed(self.rules) if rule.matches(name)), Precision.INT8)
 
     def groups(self, name: str, *, columns: int) -> int:
         """The number of columns of weight ``name`` that share one scale."""
+        if kind := self.kept_kind(name):
+            return kind.group_size or columns
         return self.group_size if self.group_size and self.precision(name) is Precision.INT4 else columns
+
+    def kept_kind(self, name: str) -> CodeKind | None:
+        """Of the codes that the checkpoint has of weight ``name``; None where they are not kept."""
+        return next((kept.kind for kept in self.kept if name in kept.names), None)
+
+    @property
+    def sources(self) -> str:
+        """Who made the codes that are kept; empty where none are."""
+        return ", ".join(sorted({kept.kind.source for kept in self.kept}))
 
 
 class Method(StrEnum):
@@ -243,6 +569,8 @@ class Activations(StrEnum):
     """Asymmetric int8 with one scale and zero point for each token (XNNPACK's qdint8)."""
     INT8_PER_BLOCK = "int8-per-block"
     """Symmetric int8 with one scale for each block of each token (MatMulNBits at accuracy_level 4)."""
+    INT8_PER_32 = "int8-per-32"
+    """Symmetric int8 with one float16 scale for every 32 columns of each token (llama.cpp's Q8_0)."""
     INT8_SYMMETRIC_PER_TOKEN = "int8-symmetric-per-token"
     """Symmetric int8 with one scale for each token (what the ONNX lowering puts in front of an integer MatMul)."""
     STATIC_UINT16 = "static-uint16"
@@ -267,6 +595,17 @@ class Arithmetic:
     ``INT8_STATIC``."""
     dequantized_dtype: str = "fp32"
     """What code x scale is rounded to before it is used (Core ML: fp16)."""
+    product_dtype: str = "fp32"
+    """What both factors of a product are rounded to where one of them is kept in fp16: a linear's weight, keys or
+    values of the cache (llama.cpp: fp16). The sum is fp32."""
+    angles: str = "product"
+    """How RoPE turns: by position times frequency, or with the roundings of a ``recurrence`` from pair to pair
+    (llama.cpp; ``exporter.model.rope.recurrent_table``)."""
+    group_scale_dtype: str = "fp32"
+    """What holds the scales of groups (XNNPACK: bf16, Core ML: fp16). Ours are exact in each; a checkpoint's own may be
+    rounded by it."""
+    row_scale_dtype: str = "fp32"
+    """The same of a scale for a whole row."""
 
     def rounding(self, name: str) -> Activations:
         """Of the input of the quantized linear with weight ``name``."""
@@ -317,10 +656,16 @@ class Plan:
     targets: tuple[str, ...]
     """Labels (``targets.label``): a target, or a target and a backend."""
     scheme: WeightScheme
+    requantize: bool = False
+    """Whether codes that the checkpoint has are decoded and chosen anew."""
+    head_tokens: tuple[int, ...] = ()
+    """The tokens whose rows of the head are kept; none: all."""
     context: int
     """Positions the key-value cache holds."""
     kv_cache: Precision | None = None
     """How keys and values are kept; None: as the target does."""
+    images: bool = False
+    """Whether what looks at images is exported too."""
     logits: Logits = Logits.LAST
     prefer: Prefer = Prefer.QUALITY
     recipe: Recipe

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,17 @@ from torch import Tensor
 
 from exporter.checkpoint import Checkpoint
 from exporter.checkpoint.config import read_json
+from exporter.checkpoint.tensors import LazyCodes
 from exporter.errors import InputError
 from exporter.files import save_tensors, sha256, written_whole
 from exporter.quantized import CodedTensor, PalettizedTensor, QuantizedTensor, pack_int4, unpack_int4
-from exporter.spec import ModelSpec, Precision, Recipe, WeightScheme
+from exporter.spec import LAYERS, VISION, Arithmetic, ModelSpec, Precision, Recipe, WeightScheme
 
 FORMAT_VERSION = 3
+
+Part = int | str | None
+"""A decoder layer, the ends (None: embedding, last norm and head), or what looks at images, by the name that its
+tensors begin with."""
 
 PlainWeight = QuantizedTensor | Tensor
 """Codes and scales, a float16 or float32 matrix, or the float32 vector of a norm."""
@@ -46,6 +52,8 @@ class StoreKey:
 
     def digest(self) -> str:
         content = {"format": FORMAT_VERSION, **asdict(self)}
+        if not self.scheme.kept:
+            del content["scheme"]["kept"]  # digests of before there was such a thing hold on
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -67,6 +75,9 @@ class WeightStore:
         self.checkpoint = checkpoint
         self.key = key
         self.folder = root / key.digest()
+        self._arithmetic: Arithmetic | None = None
+        self.rounded_scales: dict[str, float] = {}
+        """The largest relative change of a scale, for each matrix read so far of which it is not 0."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -76,13 +87,22 @@ class WeightStore:
     def scheme(self) -> WeightScheme:
         return self.key.scheme
 
+    def as_computed(self, arithmetic: Arithmetic) -> WeightStore:
+        """The same as a target of that arithmetic can hold it: scales that are the checkpoint's own rounded to its
+        dtypes."""
+        found = WeightStore(checkpoint=self.checkpoint, key=self.key, root=self.folder.parent)
+        found._arithmetic = arithmetic
+        return found
+
     def __getitem__(self, name: str) -> StoredWeight:
         """Raises InputError where the file or the checkpoint cannot be read, or float16 cannot hold a value."""
         if not self._is_matrix(name):
-            return self._read_vector(name)
+            return self._read_floats(name)
+        if self.scheme.kept_kind(name):
+            return self._read_kept(name)
         match self.scheme.precision(name):
             case Precision.FP32:
-                return finite(name, self.checkpoint.read(name)).float()
+                return self._read_floats(name)
             case Precision.FP16:
                 return _to_float16(name, finite(name, self.checkpoint.read(name)))
             case _:
@@ -91,27 +111,46 @@ class WeightStore:
     def __iter__(self) -> Iterator[str]:
         return iter(self.spec.weights())
 
-    def quantized_names(self, layer: int | None) -> list[str]:
-        """The matrices of one decoder layer (None: of the ends) that the scheme stores as codes."""
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is stored in a file of its own, in the order of the model but for the ends."""
+        others = [part for name in self if isinstance(part := self.part_of(name), str)]
+        return (*range(self.spec.num_hidden_layers), None, *dict.fromkeys(others))
+
+    def part_of(self, name: str) -> Part:
+        layer = self.spec.layer_of(name)
+        if layer is not None or not name.startswith((LAYERS, *VISION)):
+            return layer
+        found = re.match(r".*layers\.\d+|[^.]+", name)
+        assert found  # anything matches
+        return found.group()
+
+    def quantized_names(self, layer: Part) -> list[str]:
+        """The matrices of one part that the scheme stores as codes of our own."""
         return [
             name
             for name in self
-            if self._is_matrix(name) and self.scheme.precision(name).bits and _layer_of(name) == layer
+            if self._is_matrix(name)
+            and self.scheme.precision(name).bits
+            and not self.scheme.kept_kind(name)
+            and self.part_of(name) == layer
         ]
 
-    def part_file(self, layer: int | None) -> Path:
+    def part_file(self, layer: Part) -> Path:
+        if isinstance(layer, str):
+            return self.folder / f"{layer}.safetensors"
         return self.folder / ("ends.safetensors" if layer is None else f"layer-{layer:03d}.safetensors")
 
     def write_part(
         self,
-        layer: int | None,
+        layer: Part,
         tensors: list[CodedTensor],
         *,
         errors: dict[str, TensorError],
         floats: dict[str, Tensor],
     ) -> None:
-        """Store the codes of one layer and the norms that a method has changed, with the error of each tensor beside
-        them; whole or not at all."""
+        """Store the codes of one layer and the norms and routers that a method has changed, with the error of each
+        tensor beside them; whole or not at all."""
         contents: dict[str, Tensor] = {name: tensor.float().contiguous() for name, tensor in floats.items()}
         for tensor in tensors:
             packed = self.scheme.precision(tensor.name).bits == 4
@@ -126,7 +165,7 @@ class WeightStore:
     def read_errors(self) -> dict[str, TensorError]:
         """Of each quantized tensor, as it was measured when it was quantized."""
         errors: dict[str, TensorError] = {}
-        for layer in (*range(self.spec.num_hidden_layers), None):
+        for layer in self.parts:
             if self.part_file(layer).exists():
                 with safe_open(self.part_file(layer), framework="pt") as part:
                     written = json.loads(part.metadata()["errors"])
@@ -191,11 +230,13 @@ class WeightStore:
 
     def calibration_facts(self) -> dict[str, Any]:
         """How the codes were chosen, for the manifest: algorithm, text, its digest and size, seconds of each stage in
-        the run that completed the store; ``none`` for floats."""
+        the run that completed the store; ``none`` for floats, ``kept (gptq)`` for those of a checkpoint."""
+        kept = f"kept ({self.scheme.sources})" if self.scheme.kept else ""
         if not self._summary.exists():
-            return {"algorithm": "none"}
+            return {"algorithm": kept or "none"}
         facts: dict[str, Any] = read_json(self._summary)["calibration"]
-        return {**facts, "seconds": self.read_timings()["seconds"]}
+        algorithm = f"{kept}, the rest {facts['algorithm']}" if kept else facts["algorithm"]
+        return {**facts, "algorithm": algorithm, "seconds": self.read_timings()["seconds"]}
 
     @property
     def is_summed_up(self) -> bool:
@@ -223,19 +264,35 @@ class WeightStore:
     def _is_matrix(self, name: str) -> bool:
         return len(self.spec.weights()[name]) == 2
 
-    def _read_vector(self, name: str) -> Tensor:
-        file = self.part_file(_layer_of(name))
+    def _read_floats(self, name: str) -> Tensor:
+        file = self.part_file(self.part_of(name))
         if file.exists():
             with self._open(file) as part:
                 if name in part.keys():  # noqa: SIM118  (safe_open is no mapping)
                     return part.get_tensor(name)
         return finite(name, self.checkpoint.read(name)).float()
 
+    def _read_kept(self, name: str) -> QuantizedTensor:
+        tensor = self.checkpoint.tensors[name]
+        assert isinstance(tensor, LazyCodes)  # the scheme was made from the checkpoint
+        found = replace(tensor.coded(), name=name)
+        finite(name, found.scales)
+        if self._arithmetic is None:
+            return found
+        by_row = found.group_size == found.shape[1]
+        dtype = self._arithmetic.row_scale_dtype if by_row else self._arithmetic.group_scale_dtype
+        rounded = found.with_scales_in(dtype)
+        if not torch.equal(rounded.scales, found.scales):
+            change = (rounded.scales - found.scales).abs() / found.scales.abs().clamp(min=torch.finfo().tiny)
+            self.rounded_scales[name] = change.max().item()
+            finite(name, rounded.scales)
+        return rounded
+
     def _read_coded(self, name: str) -> CodedTensor:
         bits = self.scheme.precision(name).bits
         assert bits is not None  # the caller has asked
         palette = self.scheme.precision(name) is Precision.LUT4
-        with self._open(self.part_file(_layer_of(name))) as part:
+        with self._open(self.part_file(self.part_of(name))) as part:
             codes, scales = (part.get_tensor(f"{name}.{kind}") for kind in ("codes", "tables" if palette else "scales"))
         if palette:
             return PalettizedTensor(name=name, codes=unpack_int4(codes) & 0xF, tables=scales.float())
@@ -264,16 +321,10 @@ def plain(weight: StoredWeight) -> PlainWeight:
     return weight
 
 
-def _layer_of(name: str) -> int | None:
-    parts = name.split(".")
-    return int(parts[2]) if parts[:2] == ["model", "layers"] else None
-
-
 def finite(name: str, weight: Tensor) -> Tensor:
     """``weight`` itself. Raises InputError where it holds NaN or infinity."""
-    if not all(
-        map(torch.isfinite, weight.aminmax())
-    ):  # a NaN is the least and the largest; isfinite takes 20 times as long
+    extremes = weight.aminmax()  # of which a NaN is both; isfinite of all takes 20 times as long
+    if not all(map(torch.isfinite, extremes)):
         raise InputError(
             f"{name} holds values that are not finite",
             hint="check the checkpoint: it may have been cut off, or have diverged in training",

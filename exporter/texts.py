@@ -12,9 +12,10 @@ from torch import Tensor
 from calibration.corpus import overlap, read_corpus
 from calibration.layers import CalibrationText
 from calibration.selfwritten import write_windows
-from exporter.checkpoint import BUNDLED_MODEL, Checkpoint
+from exporter.checkpoint import BUNDLED_MODEL, Checkpoint, open_checkpoint
 from exporter.errors import InputError, UsageError
 from exporter.model.graph import Graph
+from exporter.model.trace import trace
 from exporter.quality import WINDOW_LENGTH, WINDOWS
 from exporter.spec import ModelSpec, Plan, Progress, Sampling
 from exporter.tokenizer import Tokenizer
@@ -44,6 +45,9 @@ def read_texts(plan: Plan, *, checkpoint: Checkpoint, tokenizer: Tokenizer, grap
         return Texts(calibration=None, evaluation=_read_evaluation(evaluation_text, tokenizer, spec=spec))
     _refuse_long_windows(sampling, spec)
     if plan.corpus is None:
+        if spec.head_tokens:  # whose answers are no text
+            checkpoint = open_checkpoint(plan.checkpoint, adapter=plan.adapter, decoded=not plan.scheme.kept)
+            graph = trace(checkpoint.spec)
         calibration = _self_written(
             sampling, checkpoint=checkpoint, tokenizer=tokenizer, graph=graph, progress=progress
         )

@@ -80,6 +80,11 @@ class Tokenizer:
             )
 
     @property
+    def named_ids(self) -> dict[str, int | None]:
+        """Ids of the unknown and the padding token, None for one that there is not."""
+        return {"unknown": self._tokenizer.unk_token_id, "padding": self._tokenizer.pad_token_id}
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """The tokens that mark structure and stand for no text: begin, end, headers, those held in reserve."""
         return frozenset(id for id, token in self._tokenizer.added_tokens_decoder.items() if token.special)

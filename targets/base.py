@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -46,6 +46,19 @@ class Runner(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class SeeingRunner(Runner, Protocol):
+    """One whose model sees images."""
+
+    def look(self, image: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Show an image, behind those shown before: the inputs of the vision graph by name. What the decoder takes
+        from it, by the names of that graph's outputs."""
+        ...
+
+    def feed(self, ids: Sequence[int], *, tiles: Tensor | None = None) -> Tensor:
+        """``tiles`` bool ``[T, M]``: of all images shown, those tiles that each token sees; None: it sees none."""
+        ...
 
 
 class BaseRunner(Runner):
@@ -98,10 +111,10 @@ class BaseRunner(Runner):
                 f"{len(ids)} tokens at position {self._position} do not fit a context of {artifact.context}",
                 hint="feed between 1 and the room that is left, rewind, or export with a larger --context",
             )
-        strange = [token for token in ids if not 0 <= token < artifact.spec.vocab_size]
+        strange = [token for token in ids if not 0 <= token < artifact.spec.num_embeddings]
         if strange:
             raise InputError(
-                f"token {strange[0]} is outside the vocabulary of {artifact.spec.vocab_size}",
+                f"token {strange[0]} is outside the vocabulary of {artifact.spec.num_embeddings}",
                 hint="tokenize with the tokenizer of this model",
             )
 
@@ -220,3 +233,22 @@ class Target(Protocol):
         """Run the artifact's file with its inner values open, for ``validate --bisect``: each of ``calls`` feeds token
         ids, the first to an empty cache."""
         ...
+
+
+@runtime_checkable
+class SeeingTarget(Target, Protocol):
+    """One that takes a model that sees images; ``lower`` is given its decoder."""
+
+    def lower_vision(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> None:
+        """Write the vision graph beside the artifact of the decoder. Raises as ``lower``."""
+        ...
+
+    def open_seeing(self, artifact: Artifact, *, threads: int, rounding: bool) -> AbstractContextManager[SeeingRunner]:
+        """As ``open``; without ``rounding`` as ``open_structure``."""
+        ...
+
+
+def seeing(target: Target) -> SeeingTarget:
+    """``target``, of which ``targets.SEEING`` says that it is one."""
+    assert isinstance(target, SeeingTarget)
+    return target

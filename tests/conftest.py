@@ -18,6 +18,7 @@ from calibration.layers import ROUNDED
 from exporter.checkpoint import BUNDLED_MODEL
 from exporter.quantized import QuantizedTensor
 from exporter.spec import Logits, Plan, Precision, Rule, Sampling, WeightScheme, activation_block
+from tests.generations import TOY_VISION
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -80,13 +81,38 @@ def make_toy(tmp_path: Path) -> Callable[..., Toy]:
 
 
 def write_toy(folder: Path, *, seed: int = 0, shards: int = 1, **config: Any) -> Toy:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    """Of Llama, or as ``model_type`` says; of Llama 3.2 Vision's text model with all the rest around it."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**TOY, **config})).eval()
+    fields = {"model_type": "llama", **TOY, **config}
+    model = _seeing_model(fields) if fields["model_type"] == "mllama_text_model" else _text_model(fields)
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
     model.save_pretrained(folder, max_shard_size=size // shards + 4096)
     return Toy(folder=folder, model=model)
+
+
+def _text_model(fields: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval()
+
+
+def _seeing_model(fields: dict[str, Any]) -> Any:
+    """Every gate is open in part: transformers leaves them shut, and images without effect."""
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+    text = {name: value for name, value in fields.items() if name != "head_dim"} | {
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+    }
+    vision = {**TOY_VISION, **text.pop("vision_config", {})}
+    config = MllamaConfig(text_config=text, vision_config=vision, image_token_index=text["vocab_size"])
+    model = MllamaForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 1 or name.endswith("gate"):
+            torch.nn.init.uniform_(parameter, 0.4, 1.2)
+        elif parameter.dim() == 1:  # norms and biases, which are ones and zeros
+            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
+    return model
 
 
 @pytest.fixture
@@ -134,14 +160,17 @@ def apply_matmulnbits(tensor: QuantizedTensor, x: Tensor, *, accuracy_level: int
     import onnx_ir as ir
     import onnxruntime as ort
 
-    from targets.onnxruntime.lower import MICROSOFT, unsigned_codes
+    from targets.onnxruntime.lower import MICROSOFT, unsigned_codes, unsigned_zeros
 
     rows, columns = tensor.shape
     block = activation_block(columns=columns, group_size=tensor.group_size)
     codes = unsigned_codes(tensor).view(rows, columns // block, -1).numpy()
     scales = tensor.scales.repeat_interleave(tensor.group_size // block, dim=1).contiguous().numpy()
     source = ir.Value(name="x", shape=ir.Shape(("T", columns)), type=ir.TensorType(ir.DataType.FLOAT))
-    constants = [ir.Value(name=n, const_value=ir.tensor(v, name=n)) for n, v in (("codes", codes), ("scales", scales))]
+    parts = {"codes": codes, "scales": scales}
+    if tensor.zeros is not None:
+        parts["zeros"] = unsigned_zeros(tensor, blocks=columns // block).numpy()
+    constants = [ir.Value(name=n, const_value=ir.tensor(v, name=n)) for n, v in parts.items()]
     attributes = {"N": rows, "K": columns, "bits": tensor.bits, "block_size": block, "accuracy_level": accuracy_level}
     node = ir.node("MatMulNBits", [source, *constants], attributes, domain=MICROSOFT)
     node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)

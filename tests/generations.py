@@ -1,4 +1,4 @@
-"""Every dense Llama that Meta has released, as its ``config.json`` has it, and a small one of each generation.
+"""Every Llama for text that Meta has released, as its ``config.json`` has it, and a small one of each generation.
 
 Figures are those of the model cards and config.json files at https://huggingface.co/meta-llama and, of the first
 generation, of Touvron et al. 2023 (arXiv:2302.13971, table 2).
@@ -45,6 +45,25 @@ GENERATIONS: dict[str, dict[str, Any]] = {
 }
 GENERATIONS["Llama 3.3"] = GENERATIONS["Llama 3.1"]
 GENERATIONS["Llama Guard 3"] = GENERATIONS["Llama 3.1"]
+_LLAMA_4 = {
+    **{"attention_bias": False, "hidden_act": "silu", "vocab_size": 202048, "rms_norm_eps": 1e-5, "rope_theta": 5e5},
+    **{"head_dim": 128, "intermediate_size": 8192, "intermediate_size_mlp": 16384, "num_experts_per_tok": 1},
+    **{"attention_chunk_size": 8192, "attn_scale": 0.1, "floor_scale": 8192, "no_rope_layers": []},
+}
+_SCOUT_SCALING = {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0}
+GENERATIONS["Llama 4 Scout"] = {
+    **{**_LLAMA_4, "num_local_experts": 16, "interleave_moe_layer_step": 1, "use_qk_norm": True},
+    **{"attn_temperature_tuning": 4, "max_position_embeddings": 10_485_760},
+    "rope_scaling": {**_SCOUT_SCALING, "original_max_position_embeddings": 8192},
+}
+GENERATIONS["Llama 4 Maverick"] = {
+    **{**_LLAMA_4, "num_local_experts": 128, "interleave_moe_layer_step": 2, "use_qk_norm": False},
+    **{"attn_temperature_tuning": True, "max_position_embeddings": 1_048_576},
+}
+GENERATIONS["Llama 3.2 Vision"] = {
+    **{"hidden_act": "silu", "tie_word_embeddings": False, "vocab_size": 128256, "rms_norm_eps": 1e-5},
+    **{"rope_theta": 5e5, **_llama3(8.0)},
+}
 """What all sizes of one have in common."""
 
 SIZES: dict[tuple[str, str], dict[str, Any]] = {
@@ -71,7 +90,20 @@ SIZES: dict[tuple[str, str], dict[str, Any]] = {
         **{"tie_word_embeddings": True, **_llama3(32.0)},
     },
     ("Llama Guard 3", "8B"): _shape(4096, 14336, 32, 32, 8),
+    ("Llama 4 Scout", "17B-16E"): _shape(5120, 8192, 48, 40, 8),
+    ("Llama 4 Maverick", "17B-128E"): _shape(5120, 8192, 48, 40, 8),
+    ("Llama 3.2 Vision", "11B"): {
+        **_shape(4096, 14336, 40, 32, 8),
+        "cross_attention_layers": [*range(3, 40, 5)],
+    },
+    ("Llama 3.2 Vision", "90B"): {
+        **_shape(8192, 28672, 100, 64, 8),
+        "cross_attention_layers": [*range(3, 100, 5)],
+    },
 }
+
+BILLIONS = {"17B-16E": 109.0, "17B-128E": 400.0}
+"""Parameters in all, images included, of sizes whose names tell of those that a token meets."""
 
 TOY_BOUND = 32
 """Positions that a toy was "trained" at, which the tests go beyond: of a scaled one its original length."""
@@ -87,10 +119,27 @@ positions under the noise of the floor, and stays in the cache of all later ones
 for three seeds."""
 
 
+def has_experts(generation: str) -> bool:
+    return "num_local_experts" in GENERATIONS[generation]
+
+
+def sees_images(generation: str) -> bool:
+    return generation == "Llama 3.2 Vision"
+
+
 def config_of(generation: str, size: str) -> dict[str, Any]:
     """The ``config.json`` of a released model."""
-    common = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "bos_token_id": 1, "eos_token_id": 2}
-    return {**common, **GENERATIONS[generation], **SIZES[generation, size]}
+    own = {"bos_token_id": 1, "eos_token_id": 2, **GENERATIONS[generation], **SIZES[generation, size]}
+    if has_experts(generation):
+        text = {"model_type": "llama4_text", **own}
+        return {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "text_config": text}
+    if sees_images(generation):
+        return {
+            **{"architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama"},
+            **{"text_config": {"model_type": "mllama_text_model", **own}, "image_token_index": 128256},
+            "vision_config": {"model_type": "mllama_vision_model", "image_size": 560},  # the rest is as usual
+        }
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **own}
 
 
 def toy_config(generation: str, *, heads: int = 4) -> dict[str, Any]:
@@ -101,6 +150,11 @@ def toy_config(generation: str, *, heads: int = 4) -> dict[str, Any]:
     rope = dict(flags.pop("rope_scaling", {"rope_type": "default"}))
     if "original_max_position_embeddings" in rope:
         rope["original_max_position_embeddings"] = TOY_BOUND
+    if has_experts(generation):
+        flags |= _TOY_EXPERTS
+        flags["attn_temperature_tuning"] = bool(flags["attn_temperature_tuning"])  # as transformers 5 wants it
+    if sees_images(generation):
+        flags |= {"model_type": "mllama_text_model", "num_hidden_layers": 5, "cross_attention_layers": [1, 3]}
     return {
         **flags,
         "vocab_size": 96,
@@ -109,3 +163,26 @@ def toy_config(generation: str, *, heads: int = 4) -> dict[str, Any]:
         "num_key_value_heads": heads // 2 if grouped else heads,
         "rope_parameters": {**rope, "rope_theta": flags.pop("rope_theta", 1e4)},
     }
+
+
+_TOY_EXPERTS = {
+    **{"model_type": "llama4_text", "num_local_experts": 4, "intermediate_size": 96, "intermediate_size_mlp": 160},
+    **{"head_dim": 32, "num_hidden_layers": 5, "no_rope_layer_interval": 2, "attention_chunk_size": 16},
+    **{"floor_scale": 8},
+}
+"""With and without experts, with and without positions: all four kinds of layer, and several chunks."""
+
+TOY_VISION = {
+    **{"hidden_size": 32, "intermediate_size": 64, "attention_heads": 2, "num_hidden_layers": 4},
+    **{"num_global_layers": 2, "image_size": 28, "patch_size": 14, "intermediate_layers_indices": [1, 2]},
+    **{"vision_output_dim": 96, "initializer_range": 0.2},
+}
+"""Of a toy that sees images: tiles of four patches."""
+
+PROCESSOR = {
+    **{"do_convert_rgb": True, "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True},
+    **{"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]},
+    **{"max_image_tiles": 4, "resample": 2, "rescale_factor": 1 / 255, "size": {"height": 560, "width": 560}},
+    "image_processor_type": "MllamaImageProcessor",
+}
+"""The ``preprocessor_config.json`` of Llama 3.2 Vision."""

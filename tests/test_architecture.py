@@ -24,10 +24,19 @@ LAYERS = (
     ("exporter.model", "exporter.checkpoint", "exporter.store", "exporter.tokenizer", "exporter.chat"),
     ("calibration",),
     ("targets",),
-    ("exporter.codes", "exporter.parity", "exporter.quality", "exporter.latency", "exporter.bundle", "exporter.prove"),
+    (
+        "exporter.codes",
+        "exporter.parity",
+        "exporter.quality",
+        "exporter.latency",
+        "exporter.bundle",
+        "exporter.prove",
+        "exporter.images",
+    ),
     ("exporter.bisect", "exporter.limits", "exporter.compare", "exporter.sliding"),
     (
         *("exporter.pipeline", "exporter.planning", "exporter.recipe", "exporter.texts", "exporter.progress"),
+        "exporter.kept",
         *("exporter.report", "exporter.checks", "exporter.junit", "exporter.markdown", "exporter.html"),
         *("exporter.generation", "exporter.measure", "exporter.packing", "exporter.device"),
         *("exporter.devices", "exporter.systems", "exporter.forecast", "exporter.report_devices", "exporter.terminal"),
@@ -41,7 +50,7 @@ LAYERS = (
 """From the bottom up. A module may import from its own layer and from those below it."""
 TOOLCHAINS = {"executorch": "executorch", "torchao": "executorch", "onnxruntime": "onnxruntime", "onnx": "onnxruntime"}
 TOOLCHAINS |= {"onnx_ir": "onnxruntime", "onnxruntime_qnn": "onnxruntime"}
-TOOLCHAINS |= {"coremltools": "coreml", "tosa": "executorch"}
+TOOLCHAINS |= {"coremltools": "coreml", "tosa": "executorch", "xllamacpp": "gguf"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import targets
 from exporter.cli import app
 
 pytestmark = [pytest.mark.slow, pytest.mark.toolchain]
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("target", ["executorch", "onnxruntime", "coreml"])
+@pytest.mark.parametrize("target", targets.NAMES)
 @pytest.mark.parametrize(
     "words",
     [

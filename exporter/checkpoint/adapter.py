@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.checkpoint.config import read_json
+from exporter.checkpoint.config import integer_of, number_of, read_json
 from exporter.checkpoint.huggingface import map_pickle, map_safetensors
-from exporter.checkpoint.tensors import LazyTensor
+from exporter.checkpoint.llama4 import TEXT, in_order
+from exporter.checkpoint.tensors import LazyTensor, refuse_codes
 from exporter.errors import InputError
 from exporter.spec import EMBEDDING, HEAD, ModelSpec
 
@@ -82,14 +83,20 @@ def with_adapter(tensors: Mapping[str, LazyTensor], spec: ModelSpec, folder: Pat
     merged, pairs = dict(tensors), dict[str, dict[str, LazyTensor]]()
     for stored, tensor in _adapter_tensors(folder).items():
         name = stored.removeprefix(_PREFIX)
+        if spec.experts:
+            name = name.removeprefix(TEXT)
+            _refuse_stack(name, stored, folder)
         factor = _FACTOR.fullmatch(name)
         if factor:
             pairs.setdefault(factor[1], {})[factor[2]] = tensor
         else:
             place = _base_name(_SAVED.sub("", name), stored, tensors, folder)
-            merged[place] = _of_shape(tensor, tensors[place].shape, stored, folder)
+            whole = _of_shape(tensor, tensors[place].shape, stored, folder)
+            merged[place] = in_order(place, whole, spec) if spec.experts else whole
     for module, factors in pairs.items():
         name = _base_name(f"{module}.weight", module, tensors, folder)
+        if spec.experts and "B" in factors:
+            factors["B"] = in_order(name, factors["B"], spec)
         merged[name] = _merge(name, module, factors, merged[name], config, folder)
     if merged == dict(tensors):
         raise InputError(f"{folder} changes nothing", hint=_LAYOUT)
@@ -99,6 +106,15 @@ def with_adapter(tensors: Mapping[str, LazyTensor], spec: ModelSpec, folder: Pat
             hint="merge it with PEFT into a model whose tie_word_embeddings is false, and name that",
         )
     return merged
+
+
+def _refuse_stack(name: str, stored: str, folder: Path) -> None:
+    if re.search(r"\.feed_forward\.experts\.(base_layer\.|lora_|gate_up_proj|down_proj)", name):
+        raise InputError(
+            f"{folder}: {stored} adds to experts that lie stacked, which is not known; known: attention, "
+            "feed_forward and shared_expert, the router, embedding and head",
+            hint="merge this adapter with PEFT (merge_and_unload), and name the folder of the merged model",
+        )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -112,17 +128,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"{path}: {field} is {config[field]!r}; known: {', '.join(str(value) for value in known)}",
                 hint="merge this adapter with PEFT (merge_and_unload), and name the folder of the merged model",
             )
-    for field in ("r", "lora_alpha"):
-        value = config.get(field)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise InputError(f"{path}: {field} is {value!r}, a positive number was expected", hint=_LAYOUT)
+    integer_of(path, config, "r")
+    number_of(path, config, "lora_alpha")
+    for field, read in (("rank_pattern", integer_of), ("alpha_pattern", number_of)):
+        patterns = config.get(field) or {}
+        if not isinstance(patterns, dict):
+            raise InputError(f"{path}: {field} is {patterns!r}, an object was expected", hint=_LAYOUT)
+        for pattern in patterns:
+            read(path, patterns, pattern)
     return config
 
 
 def _adapter_tensors(folder: Path) -> dict[str, LazyTensor]:
     for name, read in _FILES.items():
         if (folder / name).exists():
-            return read(folder / name)
+            found = read(folder / name)
+            refuse_codes(found)
+            return found
     raise InputError(f"{folder} has neither {' nor '.join(_FILES)}", hint=_LAYOUT)
 
 
@@ -167,7 +189,12 @@ def _merge(
 
 def _setting(config: Mapping[str, Any], module: str, patterns: str, usual: str) -> float:
     """PEFT's rank or alpha of one module: that of the first pattern that is the end of its name, or the usual one."""
-    found = (
-        value for pattern, value in (config.get(patterns) or {}).items() if re.fullmatch(rf"(.*\.)?({pattern})", module)
-    )
-    return float(next(found, config[usual]))
+    try:
+        found = [
+            value
+            for pattern, value in (config.get(patterns) or {}).items()
+            if re.fullmatch(rf"(.*\.)?({pattern})", module)
+        ]
+    except (re.error, RecursionError) as error:
+        raise InputError(f"{patterns} of {CONFIG} has what is no pattern: {error}", hint=_LAYOUT) from error
+    return float(found[0] if found else config[usual])

@@ -11,8 +11,8 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,21 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from torch import Tensor
 
-from exporter.checkpoint.tensors import COPY_AGAIN, LazyTensor, matched
+from exporter.checkpoint.tensors import COPY_AGAIN, LazyCodes, LazyTensor, is_rotated, matched
 from exporter.errors import InputError
-from exporter.spec import EMBEDDING, FINAL_NORM, HEAD, ModelSpec, RopeKind, RopeSpec
+from exporter.quantized import QuantizedTensor
+from exporter.spec import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    AttentionSpec,
+    CodeKind,
+    ExpertSpec,
+    ModelSpec,
+    Precision,
+    RopeKind,
+    RopeSpec,
+)
 
 SUFFIX = ".gguf"
 
@@ -42,6 +54,9 @@ _QUANTIZED = (
     *("TQ1_0", "TQ2_0"),
 )
 """Types that ``gguf.dequantize`` takes."""
+_SYMMETRIC = {"Q4_0": Precision.INT4, "Q8_0": Precision.INT8}
+"""Types whose codes can stay as they are."""
+_GROUP = 32
 
 _ENDS = {"token_embd.weight": EMBEDDING, "output_norm.weight": FINAL_NORM, "output.weight": HEAD}
 _BLOCK = {
@@ -56,7 +71,15 @@ _BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 """Tensor names of llama.cpp, and those of Hugging Face."""
-_ROPE_FACTORS = "rope_freqs.weight"
+_EXPERT_BLOCK = {
+    **{name: renamed for name, renamed in _BLOCK.items() if not renamed.startswith("mlp.")},
+    **{f"ffn_{part}": f"feed_forward.{part}_proj" for part in ("gate", "up", "down")},
+    **{f"ffn_{part}_shexp": f"feed_forward.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
+    "ffn_gate_inp": "feed_forward.router",
+}
+"""The same of architecture ``llama4``."""
+_STACKED = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
+ROPE_FACTORS = "rope_freqs.weight"
 
 _READ = {
     *("block_count", "embedding_length", "feed_forward_length", "context_length", "vocab_size"),
@@ -86,8 +109,19 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 """Fields that may be there if they have these values, with which llama.cpp computes as if they were not."""
 
+_ARCHITECTURES = ("llama", "llama4")
+_READ_OF_EXPERTS = {
+    *("expert_count", "expert_used_count", "expert_feed_forward_length", "interleave_moe_layer_step"),
+}
+"""Beside ``_READ``, for architecture ``llama4``."""
+_EVERYWHERE = "attention.sliding_window"
+"""A field that a Llama 4 has where all of its layers have positions, and none is chunked."""
+_CHUNK, _INTERVAL, _FLOOR_SCALE, _ATTN_SCALE, _WITHOUT_QK_NORM = 8192, 4, 8192, 0.1, 128
+"""What no file tells of a Llama 4: positions of a chunk, every which layer has neither chunks nor positions, how its
+temperature rises, and how many experts tell of a model without QK norm (llama.cpp, src/models/llama4.cpp)."""
+
 _END_TOKENS = ("eos", "eot", "eom")
-_END_TEXTS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>", "</s>")
+END_TEXTS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>", "</s>")
 """Control tokens that llama.cpp ends an answer at, whatever the metadata says (``special_eog_ids``); of those that it
 knows, the ones of Llama models."""
 _SENTENCEPIECE_TOKENS = {"unknown": 0, "bos": 1, "eos": 2}
@@ -120,6 +154,11 @@ class Header:
     """Numbers, strings, and tuples of them."""
     tensors: Mapping[str, TensorInfo]
 
+    @property
+    def architecture(self) -> str:
+        """What the names of its fields begin with."""
+        return str(self.fields.get("general.architecture"))
+
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
@@ -143,10 +182,7 @@ class GGUFTensor:
         return _PLAIN.get(GGMLQuantizationType(self.info.type).name, torch.float32)
 
     def read(self) -> Tensor:
-        kind = GGMLQuantizationType(self.info.type)
-        rows = self._map(kind)  # uint8 [rows, bytes of a row]
-        if self.heads:  # whole rows move, so that quantized ones can be moved as they are
-            rows = rows.reshape(self.heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+        kind, rows = GGMLQuantizationType(self.info.type), self.rows()
         if kind.name in _PLAIN:
             return torch.from_numpy(rows).view(self.dtype).view(self.shape)
         out = np.empty((len(rows), self.shape[-1]), dtype=np.float32)
@@ -156,6 +192,11 @@ class GGUFTensor:
                 out[first : first + step] = dequantize(rows[first : first + step], kind)
         return torch.from_numpy(out).view(self.shape)
 
+    def rows(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """What is stored, ``[rows, bytes of a row]``: mapped, or with the rows in the order of Hugging Face."""
+        rows = self._map(GGMLQuantizationType(self.info.type))
+        return _apart(rows, self.heads) if self.heads else rows  # whole rows, so that quantized ones move as they are
+
     def _map(self, kind: GGMLQuantizationType) -> np.ndarray[Any, np.dtype[np.uint8]]:
         columns, count = self.shape[-1], math.prod(self.shape[:-1])
         shape = (count, _row_bytes(kind, columns))
@@ -164,6 +205,46 @@ class GGUFTensor:
             return np.memmap(self.info.file, dtype=np.uint8, mode="c", offset=self.info.offset, shape=shape)
         except (OSError, ValueError) as error:
             raise InputError(f"{self.info.file}: cannot read {self.name}: {error}", hint=COPY_AGAIN) from error
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFCodes(LazyCodes):
+    """A quantized matrix of a GGUF file: of Q4_0 and Q8_0 the codes are signed and symmetric, as ours are."""
+
+    tensor: GGUFTensor
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.tensor.files
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def kind(self) -> CodeKind | None:
+        precision = _SYMMETRIC.get(GGMLQuantizationType(self.tensor.info.type).name)
+        if precision is None:
+            return None
+        signed = precision is Precision.INT4
+        return CodeKind(source="gguf", precision=precision, group_size=_GROUP, zero_points=False, signed_scales=signed)
+
+    def coded(self) -> QuantizedTensor:
+        """Of blocks of 32: a float16 scale, then int8 codes, or nibbles from 0, the low ones of all 16 bytes first
+        (ggml, src/ggml-common.h, ``block_q4_0`` and ``block_q8_0``)."""
+        assert self.kind  # the caller has asked
+        rows, columns = self.shape
+        blocks = torch.from_numpy(self.tensor.rows()).reshape(rows, columns // _GROUP, -1)
+        scales = blocks[..., :2].contiguous().view(torch.float16).float().squeeze(2)
+        codes = blocks[..., 2:].contiguous()
+        if self.kind.precision is Precision.INT4:
+            codes = torch.cat([codes & 0xF, codes >> 4], dim=2) - 8
+        bits = self.kind.precision.bits or 8
+        flat = codes.view(torch.int8).view(rows, columns)
+        return QuantizedTensor(name=self.tensor.name, bits=bits, group_size=_GROUP, codes=flat, scales=scales)
+
+    def read(self) -> Tensor:
+        return self.tensor.read()
 
 
 def is_gguf(path: Path) -> bool:
@@ -197,11 +278,12 @@ def read_spec(header: Header) -> ModelSpec:
     head_dim = _integer(header, "attention.key_length", default=hidden // heads)
     for field in ("attention.value_length", "rope.dimension_count"):
         if (size := _integer(header, field, default=head_dim)) != head_dim:
-            raise _unknown(header, f"llama.{field}", size, known=[head_dim])
-    layers = _integer(header, "block_count")
+            raise _unknown(header, f"{header.architecture}.{field}", size, known=[head_dim])
+    layers, has_experts = _integer(header, "block_count"), header.architecture == "llama4"
     if layers > len(header.tensors):
         raise InputError(
-            f"{header.file}: llama.block_count is {layers}, but there are {len(header.tensors)} tensors",
+            f"{header.file}: {header.architecture}.block_count is {layers}, "
+            f"but there are {len(header.tensors)} tensors",
             hint=COPY_AGAIN,
         )
     bos, eos = _special_tokens(header)
@@ -210,7 +292,7 @@ def read_spec(header: Header) -> ModelSpec:
             name=re.sub(r"-\d{5}-of-\d{5}$", "", header.file.stem),
             vocab_size=_vocabulary(header),
             hidden_size=hidden,
-            intermediate_size=_integer(header, "feed_forward_length"),
+            intermediate_size=_integer(header, "expert_feed_forward_length" if has_experts else "feed_forward_length"),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=_integer(header, "attention.head_count_kv", default=heads),
@@ -221,6 +303,8 @@ def read_spec(header: Header) -> ModelSpec:
             rope=_read_rope(header),
             bos_token_id=bos,
             eos_token_ids=eos,
+            attention=_attention(header, layers=layers) if has_experts else AttentionSpec(),
+            experts=_experts(header, layers=layers) if has_experts else None,
         )
     except ValueError as error:
         raise InputError(f"{header.file}: {error}", hint=COPY_AGAIN) from error
@@ -228,15 +312,68 @@ def read_spec(header: Header) -> ModelSpec:
 
 def map_tensors(header: Header, spec: ModelSpec) -> dict[str, LazyTensor]:
     """Every tensor that ``spec`` wants. Raises InputError for files that are broken or of another model."""
-    permuted = {"attn_q": spec.num_attention_heads, "attn_k": spec.num_key_value_heads}
-    found: dict[str, LazyTensor] = {}
+    return matched(
+        {name: _as_codes(tensor) for name, tensor in stored_tensors(header, spec)},
+        spec,
+        place=header.file,
+        described_by="its metadata",
+    )
+
+
+def _as_codes(tensor: GGUFTensor) -> LazyTensor:
+    plain = GGMLQuantizationType(tensor.info.type).name in _PLAIN
+    return tensor if plain or len(tensor.shape) != 2 else GGUFCodes(tensor)
+
+
+def stored_tensors(header: Header, spec: ModelSpec) -> Iterator[tuple[str, GGUFTensor]]:
+    """Every tensor, by its name of Hugging Face where it has one. Raises InputError for an unknown type."""
     for name, info in header.tensors.items():
-        if name == _ROPE_FACTORS or name.endswith(".attn_rot_embd.weight"):  # frequencies: the spec has them
+        if name == ROPE_FACTORS or name.endswith(".attn_rot_embd.weight"):  # frequencies: the spec has them
             continue
-        known = _readable(name, info)
-        renamed, part = _renamed(name)
-        found[renamed] = GGUFTensor(name, known, heads=permuted.get(part, 0))
-    return matched(found, spec, place=header.file, described_by="its metadata")
+        known, stack = _readable(name, info), _STACKED.fullmatch(name)
+        if stack and spec.experts and len(info.shape) == 3:
+            place = f"model.layers.{stack[1]}.feed_forward.experts"
+            for expert, one in enumerate(_apart_experts(known)):
+                yield f"{place}.{expert}.{stack[2]}_proj.weight", GGUFTensor(name, one, heads=0)
+            continue
+        renamed = _renamed(name, _EXPERT_BLOCK if spec.experts else _BLOCK)
+        yield renamed, GGUFTensor(name, known, heads=permuted_heads(renamed, spec))
+
+
+def _apart_experts(info: TensorInfo) -> Iterator[TensorInfo]:
+    """Of a stack ``[E, N, K]`` each matrix: its own rows of blocks, and no others, are read."""
+    size = info.shape[1] * _row_bytes(GGMLQuantizationType(info.type), info.shape[2])
+    for expert in range(info.shape[0]):
+        yield replace(info, shape=info.shape[1:], offset=info.offset + expert * size)
+
+
+def llamacpp_name(name: str, numbers: Mapping[int, int]) -> str:
+    """Of the weight that Hugging Face calls ``name``; ``numbers`` are those that the layers have in the file."""
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
+    if found is None:
+        return next(ours for ours, theirs in _ENDS.items() if theirs == name)
+    part = next(ours for ours, theirs in _BLOCK.items() if theirs == found.group(2))
+    return f"blk.{numbers[int(found.group(1))]}.{part}.weight"
+
+
+def permuted_heads(name: str, spec: ModelSpec) -> int:
+    """The heads over which the rows of the weight that Hugging Face calls ``name`` are ``interleaved``; 0: they are
+    not. Those of layers without positions of a Llama 4 lie as they are in every format."""
+    if spec.attention.unrotated_layers and not is_rotated(name, spec):
+        return 0
+    part = name.removesuffix(".weight").rpartition(".")[2]
+    return {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads}.get(part, 0)
+
+
+def interleaved(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """Rows ``[heads * D, ...]`` in the order of llama.cpp's RoPE, which turns neighbours: of each head row ``i`` comes
+    before row ``i + D / 2`` (``permute`` of its conversion/llama.py)."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _apart(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """What was ``interleaved``, as it was."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def tokens_of(header: Header) -> tuple[str, ...]:
@@ -435,51 +572,77 @@ def _readable(name: str, info: TensorInfo) -> TensorInfo:
     return info
 
 
-def _renamed(name: str) -> tuple[str, str]:
-    """A tensor's name of Hugging Face, and its part of a block; those unknown stay as they are."""
+def _renamed(name: str, block: Mapping[str, str]) -> str:
+    """A tensor's name of Hugging Face; those unknown stay as they are."""
     found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    if found is None or found.group(2) not in _BLOCK:
-        return _ENDS.get(name, name), ""
-    return f"model.layers.{found.group(1)}.{_BLOCK[found.group(2)]}.weight", found.group(2)
+    if found is None or found.group(2) not in block:
+        return _ENDS.get(name, name)
+    return f"model.layers.{found.group(1)}.{block[found.group(2)]}.weight"
 
 
 def _refuse_unknown(header: Header) -> None:
     architecture = header.fields.get("general.architecture")
-    if architecture != "llama":
-        raise _unknown(header, "general.architecture", architecture, known=["llama"])
+    if architecture not in _ARCHITECTURES:
+        raise _unknown(header, "general.architecture", architecture, known=[*_ARCHITECTURES])
+    read = _READ | _READ_OF_EXPERTS if architecture == "llama4" else _READ
     for field, value in header.fields.items():
-        name = field.removeprefix("llama.")
-        if name == field or name in _READ:
+        name = field.removeprefix(f"{architecture}.")
+        if name == field or name in read:
             continue
-        if value not in _ONLY.get(name, ()):
-            raise _unknown(header, field, value, known=[*_ONLY.get(name, ()), "no such field"])
+        only = () if architecture == "llama4" and name == _EVERYWHERE else _ONLY.get(name, ())
+        if value not in only:
+            raise _unknown(header, field, value, known=[*only, "no such field"])
+
+
+def _attention(header: Header, *, layers: int) -> AttentionSpec:
+    rotated = tuple(layer for layer in range(layers) if (layer + 1) % _INTERVAL)
+    return AttentionSpec(
+        attention_chunk_size=_CHUNK,
+        chunked_layers=rotated,
+        unrotated_layers=tuple(layer for layer in range(layers) if layer not in rotated),
+        use_qk_norm=_integer(header, "expert_count") != _WITHOUT_QK_NORM,
+        floor_scale=_FLOOR_SCALE,
+        attn_scale=_ATTN_SCALE,
+    )
+
+
+def _experts(header: Header, *, layers: int) -> ExpertSpec:
+    step = _integer(header, "interleave_moe_layer_step")
+    return ExpertSpec(
+        num_local_experts=_integer(header, "expert_count"),
+        num_experts_per_tok=_integer(header, "expert_used_count"),
+        moe_layers=tuple(range(step - 1, layers, step)),
+        intermediate_size_mlp=_integer(header, "feed_forward_length"),
+    )
 
 
 def _read_rope(header: Header) -> RopeSpec:
     """As llama.cpp takes it: ``linear`` where no type is told, its factor in either spelling, and the factors of each
     frequency wherever there are any."""
     theta = _number(header, "rope.freq_base", default=10_000.0)
-    kind = header.fields.get("llama.rope.scaling.type", "linear")
+    kind = header.fields.get(f"{header.architecture}.rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
-        raise _unknown(header, "llama.rope.scaling.type", kind, known=["none", "linear"])
-    spelled = "rope.scaling.factor" if "llama.rope.scaling.factor" in header.fields else "rope.scale_linear"
+        raise _unknown(header, f"{header.architecture}.rope.scaling.type", kind, known=["none", "linear"])
+    spelled = (
+        "rope.scaling.factor" if f"{header.architecture}.rope.scaling.factor" in header.fields else "rope.scale_linear"
+    )
     # llama.cpp takes 0 for 1.
-    factor = 1.0 if not header.fields.get(f"llama.{spelled}") else _number(header, spelled)
+    factor = 1.0 if not header.fields.get(f"{header.architecture}.{spelled}") else _number(header, spelled)
     scaled = kind == "linear" and factor != 1.0
-    info = header.tensors.get(_ROPE_FACTORS)
+    info = header.tensors.get(ROPE_FACTORS)
     if info is None:
         if scaled:
             return RopeSpec(theta=theta, kind=RopeKind.LINEAR, factor=factor)
         return RopeSpec(theta=theta)
     if scaled:
-        raise _unknown(header, f"llama.{spelled}", factor, known=[f"1 where there is {_ROPE_FACTORS}"])
+        raise _unknown(header, f"{header.architecture}.{spelled}", factor, known=[f"1 where there is {ROPE_FACTORS}"])
     if info.type != GGMLQuantizationType.F32 or len(info.shape) != 1:
         raise InputError(
-            f"{header.file}: {_ROPE_FACTORS} has type {info.type} and shape {list(info.shape)}, "
+            f"{header.file}: {ROPE_FACTORS} has type {info.type} and shape {list(info.shape)}, "
             f"F32 and one dimension were expected",
             hint=COPY_AGAIN,
         )
-    factors = GGUFTensor(_ROPE_FACTORS, info, heads=0).read().tolist()
+    factors = GGUFTensor(ROPE_FACTORS, info, heads=0).read().tolist()
     return RopeSpec(theta=theta, kind=RopeKind.FACTORS, factors=tuple(factors))
 
 
@@ -492,26 +655,30 @@ def _special_tokens(header: Header) -> tuple[int | None, tuple[int, ...]]:
         ends += [
             index
             for index, (text, kind) in enumerate(zip(tokens_of(header), types, strict=False))
-            if kind == CONTROL and text in _END_TEXTS
+            if kind == CONTROL and text in END_TEXTS
         ]
     return bos, tuple(dict.fromkeys(ends))
 
 
 def _vocabulary(header: Header) -> int:
-    return _integer(header, "vocab_size") if "llama.vocab_size" in header.fields else len(tokens_of(header))
+    return (
+        _integer(header, "vocab_size")
+        if f"{header.architecture}.vocab_size" in header.fields
+        else len(tokens_of(header))
+    )
 
 
 def _integer(header: Header, name: str, *, default: int | None = None) -> int:
-    value = header.fields.get(f"llama.{name}", default)
+    value = header.fields.get(f"{header.architecture}.{name}", default)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise _wrong(header, f"llama.{name}", value, wanted="a positive integer")
+        raise _wrong(header, f"{header.architecture}.{name}", value, wanted="a positive integer")
     return value
 
 
 def _number(header: Header, name: str, *, default: float | None = None) -> float:
-    value = header.fields.get(f"llama.{name}", default)
+    value = header.fields.get(f"{header.architecture}.{name}", default)
     if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
-        raise _wrong(header, f"llama.{name}", value, wanted="a positive number")
+        raise _wrong(header, f"{header.architecture}.{name}", value, wanted="a positive number")
     return value
 
 
@@ -523,7 +690,7 @@ def _wrong(header: Header, field: str, value: object, *, wanted: str) -> InputEr
 def _unknown(header: Header, field: str, value: object, *, known: list[Any]) -> InputError:
     return InputError(
         f"{header.file}: {field} is {_shown(value)}; known: {', '.join(str(value) for value in known)}",
-        hint="only dense Llama text models are supported",
+        hint="only Llama text models are supported",
     )
 
 

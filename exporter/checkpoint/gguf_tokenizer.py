@@ -20,6 +20,7 @@ from exporter.checkpoint.gguf_file import (
     token_types_of,
     tokens_of,
 )
+from exporter.checkpoint.meta_tokenizer import LLAMA3_PATTERN, LLAMA4_PATTERN
 from exporter.checkpoint.tensors import COPY_AGAIN
 from exporter.errors import InputError
 from exporter.files import folder_in_progress, put_in_place
@@ -29,25 +30,26 @@ if TYPE_CHECKING:
 
 _WRITTEN_AS = 1
 """Raised whenever the same metadata gives other files than before."""
-_UNKNOWN, _USER_DEFINED, _BYTE = 2, 4, 6
+NORMAL, UNKNOWN, USER_DEFINED, UNUSED, BYTE = 1, 2, 4, 5, 6
 """Types of tokens beside ``CONTROL``."""
-_SPACE = "\u2581"
+SPACE = "\u2581"
 """What SentencePiece writes for a space."""
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+",
-)
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_SPLITS = {
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
+SPLITS = {
+    "llama-bpe": (LLAMA3_PATTERN,),
+    "llama3": (LLAMA3_PATTERN,),
+    "llama-v3": (LLAMA3_PATTERN,),
+    "smaug-bpe": (LLAMA3_PATTERN,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
     "gpt-2": (_GPT2,),
     "smollm": (r"\p{N}", _GPT2),
 }
 """How text is cut before merging, one pattern after the other, by ``tokenizer.ggml.pre`` (``llama-vocab.cpp``)."""
+_READ = {**SPLITS, "llama4": (LLAMA4_PATTERN,)}
+"""What is read besides: Llama 4's own pattern; llama.cpp has one that takes letters beyond ASCII otherwise."""
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")
+"""Those of them under which a word that is a token is taken whole, without merging, and a begin token is usual."""
 
 
 def write_tokenizer(path: Path, folder: Path) -> None:
@@ -100,14 +102,14 @@ def _build(header: Header) -> Tokenizer:
         [
             AddedToken(text, normalized=False)
             for text, kind in zip(vocabulary, types, strict=True)
-            if kind in (CONTROL, _UNKNOWN) or text in named
+            if kind in (CONTROL, UNKNOWN) or text in named
         ]
     )
     tokenizer.add_tokens(
         [
             AddedToken(text, normalized=False)
             for text, kind in zip(vocabulary, types, strict=True)
-            if kind == _USER_DEFINED and text not in named
+            if kind == USER_DEFINED and text not in named
         ]
     )
     _frame(header, tokenizer)
@@ -151,7 +153,7 @@ def _sentencepiece(header: Header, vocabulary: dict[str, int]) -> Tokenizer:
         )
     types = token_types_of(header) or (1,) * len(vocabulary)
     whole = {
-        text for text, kind in zip(vocabulary, types, strict=True) if kind in (CONTROL, _UNKNOWN, _USER_DEFINED, _BYTE)
+        text for text, kind in zip(vocabulary, types, strict=True) if kind in (CONTROL, UNKNOWN, USER_DEFINED, BYTE)
     }
     merges = generate_merges(vocabulary, dict(zip(vocabulary, scores, strict=True)), skip_tokens=whole)
     unknown = _in_vocabulary(header, "unknown")
@@ -165,10 +167,10 @@ def _sentencepiece(header: Header, vocabulary: dict[str, int]) -> Tokenizer:
             byte_fallback=bytes_known,
         )
     )
-    spaces = normalizers.Replace(" ", _SPACE)
-    back = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    spaces = normalizers.Replace(" ", SPACE)
+    back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if header.fields.get("tokenizer.ggml.add_space_prefix", True):
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces])
         back.append(decoders.Strip(" ", 1, 0))
     else:
         tokenizer.normalizer = spaces
@@ -181,8 +183,8 @@ def _byte_level(header: Header, vocabulary: dict[str, int]) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     pre = header.fields.get("tokenizer.ggml.pre", "default")
-    if pre not in _SPLITS:
-        raise _unknown(header, "tokenizer.ggml.pre", pre, known=tuple(_SPLITS))
+    if pre not in list(_READ):
+        raise _unknown(header, "tokenizer.ggml.pre", pre, known=tuple(_READ))
     merges = header.fields.get("tokenizer.ggml.merges")
     if not isinstance(merges, tuple) or not all(isinstance(merge, str) and merge.find(" ", 1) > 0 for merge in merges):
         raise InputError(f"{header.file}: tokenizer.ggml.merges is no list of pairs", hint=COPY_AGAIN)
@@ -190,10 +192,10 @@ def _byte_level(header: Header, vocabulary: dict[str, int]) -> Tokenizer:
         models.BPE(
             vocab=vocabulary,
             merges=[(merge[: merge.find(" ", 1)], merge[merge.find(" ", 1) + 1 :]) for merge in merges],
-            ignore_merges=_SPLITS[pre] is _LLAMA3,
+            ignore_merges=pre in WHOLE_WORDS,
         )
     )
-    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _SPLITS[pre]]
+    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _READ[pre]]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -206,9 +208,7 @@ def _frame(header: Header, tokenizer: Tokenizer) -> None:
     from tokenizers import processors
 
     fields = header.fields
-    begins = (
-        fields["tokenizer.ggml.model"] == "llama" or _SPLITS[fields.get("tokenizer.ggml.pre", "default")] is _LLAMA3
-    )
+    begins = fields["tokenizer.ggml.model"] == "llama" or fields.get("tokenizer.ggml.pre") in WHOLE_WORDS
     wanted = {
         kind: _in_vocabulary(header, kind)
         for kind, usual in (("bos", begins), ("eos", False))

@@ -3,7 +3,12 @@ are read and checked, tensors mapped."""
 
 from __future__ import annotations
 
+import io
+import json
+import math
+import mmap
 import pickle
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,16 +19,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from exporter.checkpoint.config import read_json
-from exporter.checkpoint.tensors import COPY_AGAIN, LazyTensor, matched
+from exporter.checkpoint import llama4, mllama
+from exporter.checkpoint.coded import CODE_DTYPES, with_codes
+from exporter.checkpoint.config import read_json, read_quantization
+from exporter.checkpoint.tensors import COPY_AGAIN, FLOATS, LazyTensor, matched, unknown_dtype
 from exporter.errors import InputError
 from exporter.spec import ModelSpec
 
 DESCRIPTION = "config.json"
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _STEMS = {".safetensors": "model", ".bin": "pytorch_model"}
 """What weights are called in one file; the index of several adds ``.index.json``. The first kind found is read."""
+
+if sys.platform != "win32":
+    _PRIVATE = mmap.MAP_PRIVATE | (0x4000 if sys.platform == "linux" else 0)
+    """What is written to it stays in memory, and none is put by for that beforehand: MAP_NORESERVE of Linux, which
+    Python 3.11 has no name for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +45,30 @@ class SafeTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    start: int
+    """Byte of the file at which it begins."""
 
     @property
     def files(self) -> tuple[Path, ...]:
         return (self.file,)
 
     def read(self) -> Tensor:
+        """Mapped, of a file of any size: safetensors' own reader for torch maps the whole file as memory that may be
+        written to, which Linux refuses for more than there is."""
+        count = math.prod(self.shape)
+        if not count:
+            return torch.empty(self.shape, dtype=self.dtype)
+        before = self.start % mmap.ALLOCATIONGRANULARITY
+        length = before + count * self.dtype.itemsize
         try:
-            with safe_open(self.file, framework="pt") as shard:
-                return shard.get_tensor(self.name)
-        except (SafetensorError, OSError) as error:
+            with self.file.open("rb") as file:
+                if sys.platform == "win32":
+                    mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=self.start - before)
+                else:
+                    mapped = mmap.mmap(file.fileno(), length, flags=_PRIVATE, offset=self.start - before)
+        except (ValueError, OSError) as error:
             raise InputError(f"{self.file}: cannot read {self.name}: {error}", hint=COPY_AGAIN) from error
+        return torch.frombuffer(mapped, dtype=self.dtype, count=count, offset=before).view(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +94,12 @@ class MappedTensor:
         return self.tensor
 
 
+def holds_codes(folder: Path) -> bool:
+    """Whether the description says that weights are quantized. Raises InputError."""
+    path = folder / DESCRIPTION
+    return read_quantization(path, read_json(path)) is not None
+
+
 def map_tensors(folder: Path, spec: ModelSpec) -> dict[str, LazyTensor]:
     """Every tensor that ``spec`` wants. Raises InputError for files that are missing, broken or of another model."""
     found: dict[str, LazyTensor] = {}
@@ -81,6 +111,16 @@ def map_tensors(folder: Path, spec: ModelSpec) -> dict[str, LazyTensor]:
                 hint="the shards are of two models, or one of two downloads: download them again into an empty folder",
             )
         found |= tensors
+    if spec.experts:
+        found = llama4.as_in_llama(found, spec)
+    if spec.layer_numbers:
+        found = mllama.as_in_llama(found, spec)
+    path = folder / DESCRIPTION
+    quantization = read_quantization(path, read_json(path))
+    if quantization:
+        found = with_codes(found, spec, quantization)
+    if spec.experts:
+        found = {name: llama4.in_order(name, tensor, spec) for name, tensor in found.items()}
     return matched(found, spec, place=folder, described_by=DESCRIPTION)
 
 
@@ -93,7 +133,8 @@ def map_pickle(file: Path) -> dict[str, LazyTensor]:
                 f"{file} is no file of torch.save in its present form, a zip archive",
                 hint="copy it again; if it is of 2020 or before, load and save it once with torch",
             )
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        with torch.serialization.safe_globals([io.BytesIO]):  # bytes alone, of TransformerEngine: not taken
+            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         asked = str(error).splitlines()[0]
         raise InputError(
@@ -104,10 +145,12 @@ def map_pickle(file: Path) -> dict[str, LazyTensor]:
         raise
     except Exception as error:  # a pickle is a program: a damaged one fails in whatever way a program may
         raise InputError(f"{file} is not a whole file of torch.save: {error}", hint=COPY_AGAIN) from error
-    return {name: _mapped(name, tensor, file) for name, tensor in _state(content, file).items()}
+    return {name: MappedTensor(file, tensor) for name, tensor in _state(content, file).items()}
 
 
 def _state(content: Any, file: Path) -> Mapping[str, Tensor]:
+    if isinstance(content, dict):
+        content = {name: value for name, value in content.items() if not isinstance(value, io.BytesIO)}
     tensors = isinstance(content, dict) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     )
@@ -118,12 +161,6 @@ def _state(content: Any, file: Path) -> Mapping[str, Tensor]:
         )
     state: Mapping[str, Tensor] = content
     return state
-
-
-def _mapped(name: str, tensor: Tensor, file: Path) -> LazyTensor:
-    if tensor.dtype not in _DTYPES.values() and not name.endswith("rotary_emb.inv_freq"):
-        raise _quantized_already(file, name, str(tensor.dtype).removeprefix("torch."))
-    return MappedTensor(file, tensor)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -144,35 +181,41 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    names = read_json(index).get("weight_map", {}).values()
-    shards = sorted({index.with_name(str(name)) for name in names})
-    absent = [shard.name for shard in shards if not shard.exists()]
-    if absent or not shards:
+    named = read_json(index).get("weight_map")
+    names = list(named.values()) if isinstance(named, dict) else []
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"{index} names {name!r}, the name of a file was expected", hint=COPY_AGAIN)
+    present = {path.name: path for path in index.parent.iterdir()}
+    absent = sorted(set(names) - present.keys())
+    if absent or not names:
         raise InputError(
-            f"{index} names {len(shards)} shards, of which {len(absent)} are missing: {', '.join(absent)}",
+            f"{index} names {len(set(names))} shards, of which {len(absent)} are missing: {', '.join(absent)}",
             hint="download the missing files",
         )
-    return shards
+    return [present[name] for name in sorted(set(names))]
 
 
 def map_safetensors(file: Path) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file. Raises InputError."""
     tensors: dict[str, LazyTensor] = {}
+    known = {**FLOATS, **CODE_DTYPES}
     try:
-        with safe_open(file, framework="pt") as shard:
+        with safe_open(file, framework="numpy") as shard, file.open("rb") as content:  # which checks the header
+            length = int.from_bytes(content.read(8), "little")
+            header = json.loads(content.read(length))
             for name in shard.keys():  # noqa: SIM118  (safe_open is no mapping)
                 part = shard.get_slice(name)
                 dtype = part.get_dtype()
-                if dtype not in _DTYPES and not name.endswith("rotary_emb.inv_freq"):
-                    raise _quantized_already(file, name, dtype)
-                tensors[name] = SafeTensor(name, file, tuple(part.get_shape()), _DTYPES.get(dtype, torch.float32))
+                if dtype not in known and not name.endswith("rotary_emb.inv_freq"):
+                    raise unknown_dtype(file, name, dtype)
+                tensors[name] = SafeTensor(
+                    name,
+                    file,
+                    shape=tuple(part.get_shape()),
+                    dtype=known.get(dtype, torch.float32),
+                    start=8 + length + header[name]["data_offsets"][0],
+                )
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is not a whole safetensors file: {error}", hint=COPY_AGAIN) from error
     return tensors
-
-
-def _quantized_already(file: Path, name: str, dtype: str) -> InputError:
-    return InputError(
-        f"{file}: {name} has dtype {dtype}; known: {', '.join(_DTYPES)}",
-        hint="already quantized checkpoints are not supported: name the original one",
-    )

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.checkpoint.config import integer_of, number_of, read_json
+from exporter.checkpoint import meta_coded, meta_experts
+from exporter.checkpoint.config import OF_IMAGES, integer_of, number_of, read_json
 from exporter.checkpoint.huggingface import map_pickle
-from exporter.checkpoint.meta_tokenizer import LLAMA3_RANKS, TOKENIZER, TikToken, read_vocabulary
-from exporter.checkpoint.tensors import LazyTensor, matched
+from exporter.checkpoint.meta_tokenizer import LLAMA3_RANKS, LLAMA4_RANKS, TOKENIZER, TikToken, read_vocabulary
+from exporter.checkpoint.tensors import LazyTensor, halves_of_heads, is_rotated, matched
 from exporter.errors import InputError
-from exporter.spec import EMBEDDING, FINAL_NORM, HEAD, ModelSpec, RopeKind, RopeSpec
+from exporter.spec import EMBEDDING, FINAL_NORM, HEAD, ROUTER, AttentionSpec, ModelSpec, RopeKind, RopeSpec
 
 DESCRIPTION = "params.json"
 
@@ -35,13 +36,13 @@ _LAYER_NAMES = {
 }
 _PASSED_OVER = "rope.freqs"
 """Follows from params.json."""
-_TURNED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
 _COPIED = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
 """Where there are more shards than key-value heads, each head lies in several."""
 
 _FIELDS = {
     *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "multiple_of", "ffn_dim_multiplier"),
     *("norm_eps", "rope_theta", "use_scaled_rope", "max_seq_len"),
+    *meta_coded.FIELDS,
 }
 _WITHOUT_EFFECT = {"max_batch_size"}
 
@@ -67,7 +68,7 @@ class MergedTensor:
     copies: int = 1
     """How many shards in a row hold the same part."""
     head_dim: int | None = None
-    """Of the heads whose rows are to be turned: see ``read``."""
+    """Of the heads whose rows are to be turned: see ``halves_of_heads``."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -78,15 +79,11 @@ class MergedTensor:
         return self.parts[0].dtype
 
     def read(self) -> Tensor:
-        """Whole: a view of the file where one shard has all of it and nothing is turned, else a copy.
-
-        Meta's RoPE turns channels 2i and 2i+1 of a head, Hugging Face's i and i + head_dim/2: the rows of queries and
-        keys are put in that order (transformers, models/llama/convert_llama_weights_to_hf.py, ``permute``).
-        """
+        """Whole: a view of the file where one shard has all of it and nothing is turned, else a copy."""
         self._check_copies()
         parts = [part.read() for part in self.parts[:: self.copies]]
         if self.head_dim:
-            parts = [part.view(-1, self.head_dim // 2, 2, part.shape[1]).transpose(1, 2) for part in parts]
+            parts = [halves_of_heads(part, self.head_dim) for part in parts]
             return torch.cat(parts, dim=3 if self.axis else 0).view(self.shape)  # from [heads, 2, head_dim/2, columns]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.axis)
 
@@ -106,16 +103,24 @@ def is_meta(folder: Path) -> bool:
     return (folder / DESCRIPTION).exists() and not (folder / "config.json").exists()
 
 
-def read_spec(folder: Path) -> ModelSpec:
-    """The ModelSpec of ``params.json``; what it leaves out is told by tokenizer and first shard. Raises InputError with
-    the field, its value and what is known."""
+def holds_codes(folder: Path) -> bool:
+    """Whether ``params.json`` says that weights are quantized. Raises InputError."""
+    path = folder / DESCRIPTION
+    return meta_coded.read_quantization(path, read_json(path)) is not None
+
+
+def read_spec(folder: Path, *, decoded: bool = False) -> ModelSpec:
+    """The ModelSpec of ``params.json``; what it leaves out is told by tokenizer and first shard. ``decoded``: adapters
+    are merged, as beside codes they cannot be. Raises InputError with the field, its value and what is known."""
     path = folder / DESCRIPTION
     params = {field: value for field, value in read_json(path).items() if value is not None}
-    unknown = sorted(field for field in params.keys() - _FIELDS - _WITHOUT_EFFECT if params[field] is not False)
+    has_experts = "moe_args" in params
+    fields = (_FIELDS | meta_experts.FIELDS) - {*meta_coded.FIELDS} if has_experts else _FIELDS
+    unknown = sorted(field for field in params.keys() - fields - _WITHOUT_EFFECT if params[field] is not False)
     if unknown:
         raise InputError(
-            f"{path}: {unknown[0]} is {params[unknown[0]]!r}; known: {', '.join(sorted(_FIELDS))}",
-            hint="only dense Llama text models in plain precision are supported",
+            f"{path}: {unknown[0]} is {params[unknown[0]]!r}; known: {', '.join(sorted(fields))}",
+            hint="only Llama text models are supported in Meta's layout, dense ones up to Llama 3 and Llama 4",
         )
     dim, heads = integer_of(path, params, "dim"), integer_of(path, params, "n_heads")
     if "head_dim" not in params and dim % heads:
@@ -125,25 +130,36 @@ def read_spec(folder: Path) -> ModelSpec:
     vocab_size = _vocab_size(folder, params, dim=dim)
     bos, eos = _special_tokens(folder, vocab_size)
     small = _scales_rope(path, params) and (dim, vocab_size) in _SMALL
+    quantization = meta_coded.read_quantization(path, params)
+    tied = small and quantization is None  # of codes the head has its own
+    inside = _intermediate_size(path, params, dim=dim)
     try:
         return ModelSpec(
             name=folder.resolve().name,
             vocab_size=vocab_size,
             hidden_size=dim,
-            intermediate_size=_intermediate_size(path, params, dim=dim),
+            intermediate_size=meta_experts.intermediate_size(path, params) if has_experts else inside,
             num_hidden_layers=integer_of(path, params, "n_layers"),
             num_attention_heads=heads,
             num_key_value_heads=integer_of(path, {"n_kv_heads": heads, **params}, "n_kv_heads"),
             head_dim=integer_of(path, {"head_dim": dim // heads, **params}, "head_dim"),
             max_position_embeddings=_positions(path, params),
             rms_norm_eps=number_of(path, params, "norm_eps"),
-            tie_word_embeddings=small or not _has_head(folder),
+            tie_word_embeddings=tied or not _has_head(folder),
             rope=_rope(path, params, factor=_SMALL_FACTOR if small else _SCALED_FACTOR),
             bos_token_id=bos,
             eos_token_ids=eos,
+            attention=meta_experts.read_attention(path, params) if has_experts else AttentionSpec(),
+            experts=meta_experts.read_experts(path, params, dense=inside) if has_experts else None,
+            adapter_rank=quantization.rank if quantization and not decoded else 0,
         )
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InputError(f"{path}: {error}", hint=_CHECK) from error
+
+
+def leaves_out(folder: Path) -> str | None:
+    """What of a model the spec knows nothing of, in a sentence."""
+    return OF_IMAGES if read_json(folder / DESCRIPTION).get(meta_experts.IMAGES) else None
 
 
 def map_tensors(folder: Path, spec: ModelSpec) -> dict[str, LazyTensor]:
@@ -153,8 +169,12 @@ def map_tensors(folder: Path, spec: ModelSpec) -> dict[str, LazyTensor]:
     if not files:
         raise InputError(f"{folder} has no consolidated.00.pth", hint="download the weights into this folder")
     shards = [map_pickle(file) for file in files]
-    wanted = spec.weights()
+    if spec.experts:
+        shards = [meta_experts.apart(shard, spec) for shard in shards]
+    wanted = dict(spec.weights())
     wanted[HEAD] = wanted[EMBEDDING]  # a tied one may be stored again
+    if len(shards) == 1 and "output.weight" in shards[0]:
+        wanted[HEAD] = shards[0]["output.weight"].shape  # it may be pruned
     found: dict[str, LazyTensor] = {}
     for stored in sorted(set().union(*shards) - {_PASSED_OVER}):
         absent = [file.name for file, shard in zip(files, shards, strict=True) if stored not in shard]
@@ -165,7 +185,41 @@ def map_tensors(folder: Path, spec: ModelSpec) -> dict[str, LazyTensor]:
         name, parts = _renamed(stored), tuple(shard[stored] for shard in shards)
         shape = wanted.get(name)
         found[name] = _merged(stored, parts, name=name, shape=shape, spec=spec) if shape else parts[0]
+    path = folder / DESCRIPTION
+    quantization = meta_coded.read_quantization(path, read_json(path))
+    if quantization:
+        if len(files) > 1:
+            raise InputError(f"{folder} has {len(files)} shards of codes, one was expected", hint=_CHECK)
+        found = _with_codes(found, spec, quantization)
     return matched(found, spec, place=folder, described_by=DESCRIPTION)
+
+
+def _with_codes(
+    found: Mapping[str, LazyTensor], spec: ModelSpec, quantization: meta_coded.MetaQuantization
+) -> dict[str, LazyTensor]:
+    """``found`` with codes and scales, and what an adapter adds, in place of the tensors that they lie in."""
+
+    def turned(name: str, part: LazyTensor) -> LazyTensor:
+        if not is_rotated(name, spec):
+            return part
+        return MergedTensor((part,), part.shape, axis=0, head_dim=spec.head_dim)
+
+    rest = dict(found)
+    for stored, scales in found.items():
+        module, _, kind = stored.rpartition(".")
+        name = _renamed(f"{module}.weight")
+        if kind != "scales" or name not in found:
+            continue
+        del rest[stored]
+        zeros = rest.pop(f"{module}.zeros", None)
+        if zeros is not None and zeros.read().any():
+            raise InputError(f"{zeros.files[0]}: {module} has zero points, none were expected", hint=_CHECK)
+        rest[name] = meta_coded.coded_matrix(name, found[name], turned(name, scales), quantization)
+        down, up = (rest.pop(f"{module}.adaptor.{factor}.weight", None) for factor in "AB")
+        if down and up:
+            merged = not spec.adapter_rank
+            rest |= meta_coded.adapted(name, rest[name], down, turned(name, up), quantization, merged=merged)
+    return rest
 
 
 def _merged(
@@ -174,9 +228,9 @@ def _merged(
     """Along the axis by which the parts make up ``shape``: rows of all but ``wo`` and ``w2``, columns of these; of the
     embedding columns in Llama 1 and 2 (fairscale's ParallelEmbedding), rows in Llama 3 (its VocabParallelEmbedding)."""
     part, count = parts[0].shape, len(parts)
-    head_dim = spec.head_dim if name.endswith(_TURNED) else None
+    head_dim = spec.head_dim if is_rotated(name, spec) else None
     if all(other.shape == part for other in parts) and len(part) == len(shape):
-        if len(part) == 1 and part == shape:
+        if part == shape and (len(part) == 1 or name.endswith(ROUTER)):
             return MergedTensor(parts[:1], shape, axis=0)
         if len(part) == 2:
             rows, columns = part
@@ -244,6 +298,8 @@ def _rope(path: Path, params: Mapping[str, Any], *, factor: float) -> RopeSpec:
     theta = _theta(path, params)
     if not _scales_rope(path, params):
         return RopeSpec(theta=theta)
+    if "moe_args" in params:
+        return meta_experts.read_rope(path, params, theta=theta)
     return RopeSpec(theta=theta, kind=RopeKind.LLAMA3, factor=factor, **_SCALED)
 
 
@@ -260,6 +316,8 @@ def _positions(path: Path, params: Mapping[str, Any]) -> int:
     """
     if "max_seq_len" in params:
         return integer_of(path, params, "max_seq_len")
+    if "moe_args" in params:
+        return meta_experts.POSITIONS
     if _scales_rope(path, params):
         return 131_072
     theta = _theta(path, params)
@@ -298,7 +356,7 @@ def _special_tokens(folder: Path, vocab_size: int) -> tuple[int, tuple[int, ...]
     if (folder / TOKENIZER).exists():
         vocabulary = read_vocabulary(folder / TOKENIZER)
     elif vocab_size >= LLAMA3_RANKS:
-        vocabulary = TikToken(ranks={}, first_special=LLAMA3_RANKS)
+        vocabulary = TikToken(ranks={}, first_special=LLAMA4_RANKS if vocab_size >= LLAMA4_RANKS else LLAMA3_RANKS)
     else:
         return 1, (2,)
     return vocabulary.bos, tuple(token for token in vocabulary.eos if token < vocab_size)

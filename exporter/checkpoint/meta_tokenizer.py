@@ -23,11 +23,22 @@ TOKENIZER = "tokenizer.model"
 LLAMA3_RANKS = 128_000
 """Tokens of Llama 3 that stand for text; the special ones come after them."""
 
-_PATTERN = (
+LLAMA4_RANKS = 200_000
+"""Those of Llama 4."""
+
+LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
 """What Llama 3 splits a text into first: meta-llama/llama3, llama/tokenizer.py, ``pat_str``."""
+
+_CONTRACTED = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+LLAMA4_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTED}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTED}|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""The same of Llama 4: meta-llama/llama-models, models/llama4/tokenizer.py, ``O200K_PATTERN``."""
 
 _BEGIN, _END = "<|begin_of_text|>", "<|end_of_text|>"
 _NAMED = {
@@ -51,6 +62,30 @@ def _special_tokens() -> tuple[str, ...]:
 
 
 SPECIAL_TOKENS = _special_tokens()
+
+_SPECIALS4 = 2048
+_STOPS4 = (1, 7, 8)
+
+
+def _special_tokens4() -> tuple[str, ...]:
+    """models/llama4/tokenizer.py: from 200,000 on, from 200,005, from 200,080, from 201,134, and what is left."""
+
+    def reserve(name: str, first: int, last: int) -> list[str]:
+        return [f"<|{name}reserved_special_token_{index}|>" for index in range(first, last)]
+
+    text, vision, reasoning = "text_post_train_", "vision_", "reasoning_"
+    known = [
+        *(_BEGIN, _END, "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
+        *("<|header_start|>", "<|header_end|>", "<|eom|>", "<|eot|>", "<|step|>", *reserve(text, 0, 6)),
+        *("<|python_start|>", "<|python_end|>", "<|finetune_right_pad|>", *reserve(text, 8, 69)),
+        *("<|image_start|>", "<|image_end|>", *reserve(vision, 0, 2), "<|tile_x_separator|>", "<|tile_y_separator|>"),
+        *(*reserve(vision, 2, 6), "<|image|>", *reserve(vision, 6, 7), "<|patch|>", *reserve(vision, 7, 1048)),
+        *(*reserve(reasoning, 0, 8), "<|reasoning_thinking_start|>", "<|reasoning_thinking_end|>"),
+    ]
+    return (*known, *reserve("", 0, _SPECIALS4 - len(known)))
+
+
+SPECIAL_TOKENS4 = _special_tokens4()
 
 _SPACE = "\u2581"
 """What SentencePiece writes for a space."""
@@ -90,8 +125,16 @@ class TikToken:
     first_special: int
 
     @property
+    def is_llama4(self) -> bool:
+        return self.first_special == LLAMA4_RANKS
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        return SPECIAL_TOKENS4 if self.is_llama4 else SPECIAL_TOKENS
+
+    @property
     def size(self) -> int:
-        return self.first_special + _SPECIALS
+        return self.first_special + len(self.specials)
 
     @property
     def bos(self) -> int:
@@ -99,7 +142,7 @@ class TikToken:
 
     @property
     def eos(self) -> tuple[int, ...]:
-        return tuple(self.first_special + stop for stop in _STOPS)
+        return tuple(self.first_special + stop for stop in (_STOPS4 if self.is_llama4 else _STOPS))
 
 
 def read_vocabulary(file: Path) -> SentencePiece | TikToken:
@@ -160,18 +203,18 @@ def _of_pieces(model: SentencePiece) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def _of_ranks(model: TikToken) -> tuple[Tokenizer, dict[str, Any]]:
-    """As ``TikTokenConverter`` of transformers and the releases of Llama 3 in Hugging Face layout."""
+    """As ``TikTokenConverter`` of transformers and the releases of Llama 3 and 4 in Hugging Face layout."""
     letters = _byte_letters()
     ids = {"".join(map(letters.__getitem__, token)): rank for token, rank in model.ranks.items()}
     tokenizer = Tokenizer(models.BPE(ids, _merges(ids, parts=ids), ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(LLAMA4_PATTERN if model.is_llama4 else LLAMA3_PATTERN), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in model.specials])
     tokenizer.post_processor = _begins_with(_BEGIN, id=model.bos)
     return tokenizer, {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -253,6 +296,8 @@ def _read_pieces(content: bytes, file: Path) -> SentencePiece:
     }
     ids = {piece.text: id for id, piece in enumerate(pieces)}
     missing = [name for name in ("<unk>", "<s>", "</s>", "<0x00>", "<0xFF>") if name not in ids]
+    if not missing and pieces[ids["<unk>"]].kind != _UNKNOWN:
+        raise ValueError("<unk> is not the piece for what is unknown")
     if missing or len(ids) != len(pieces):
         raise ValueError(f"no {missing[0]} among its pieces" if missing else "it has a piece twice")
     for field, value in found.items():
@@ -272,15 +317,19 @@ def _read_pieces(content: bytes, file: Path) -> SentencePiece:
     return SentencePiece(pieces=pieces, add_dummy_prefix=bool(normalizer.get(3, 1)), bos=ids["<s>"], eos=(ids["</s>"],))
 
 
-def _read_piece(content: bytes) -> Piece:
+def _read_piece(content: Any) -> Piece:
     fields = dict(_fields(content))
-    return Piece(
-        text=fields[1].decode(), score=struct.unpack("<f", fields.get(2, bytes(4)))[0], kind=fields.get(3, _NORMAL)
-    )
+    text, score, kind = fields.get(1), fields.get(2, bytes(4)), fields.get(3, _NORMAL)
+    if not (isinstance(text, bytes) and isinstance(score, bytes) and len(score) == 4 and isinstance(kind, int)):
+        raise ValueError("a piece is no text with a score and a type")
+    return Piece(text=text.decode(), score=struct.unpack("<f", score)[0], kind=kind)
 
 
-def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field of a message of protocol buffers: an int, or bytes. Raises ValueError."""
+def _fields(content: Any) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field of a message of protocol buffers: an int, or bytes. Raises ValueError, also for
+    ``content`` that is an int where a message was expected."""
+    if not isinstance(content, bytes):
+        raise ValueError("a number stands where a message was expected")
     place = 0
 
     def varint() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 from exporter.model.eager import eager_table
 from exporter.model.graph import Constant, Graph, Node, Table, Value, Weight, walk
 from exporter.model.ops import attend
+from exporter.model.rope import recurrent_table, rope_table
 from exporter.model.static import LinearSteps, linear_steps, round_cached, with_static_caches
-from exporter.spec import INT8_STATIC, SMALLEST_ABSMAX, Activations, Arithmetic, activation_block
+from exporter.spec import INT8_STATIC, SMALLEST_ABSMAX, Activations, Arithmetic, ModelSpec, activation_block
 from exporter.store import StoredWeight, WeightStore
 
 FULL_PRECISION = Arithmetic(activations=Activations.FLOAT, compute_dtype="fp32", kv_dtype="fp32")
@@ -59,6 +61,7 @@ class Reference:
         arithmetic: Arithmetic,
         *,
         noise: float = 0.0,
+        seed: int = 0,
         keep_bytes: int = KEEP_BYTES,
     ) -> None:
         if arithmetic.kv_dtype == INT8_STATIC:
@@ -68,7 +71,7 @@ class Reference:
         self._weights = weights
         self._arithmetic = arithmetic
         self._noise = noise
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator().manual_seed(seed)
         self._kept: dict[str, _Matrix] = {}
         self._kept_bytes = 0
         self._keep_bytes = keep_bytes
@@ -77,11 +80,18 @@ class Reference:
             assert isinstance(weights, WeightStore)  # see above
             self._steps = linear_steps(graph, weights.read_ranges())
         self._caches = self._empty_caches(1)
+        self._tiles, self._states = 0, self._no_states(1)
         table: Table = {**eager_table(self._vector, linear=self._linear), "embedding": self._embedding}
         attentions = {"int8": _attention_over_int8, INT8_STATIC: _attention_over_static_int8}
         if arithmetic.kv_dtype in attentions:
             table = {**table, "attention": attentions[arithmetic.kv_dtype]}
+        elif arithmetic.angles == "recurrence" or arithmetic.product_dtype == "fp16":
+            table = {**table, "attention": self._attention_of_ggml}
         self._table = table
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._graph.spec
 
     @property
     def position(self) -> int:
@@ -89,12 +99,29 @@ class Reference:
         return next(iter(self._caches.values())).shape[2]
 
     @torch.no_grad()
-    def feed(self, ids: Sequence[int]) -> Tensor:
-        """Append ``ids`` (T of them) to the cache; float32 logits ``[T, V]``."""
-        outputs = self._graph.run(self._table, {"ids": torch.tensor([list(ids)]), **self._caches})
+    def feed(self, ids: Sequence[int], *, tiles: Tensor | None = None) -> Tensor:
+        """Append ``ids`` (T of them) to the cache; float32 logits ``[T, V]``. ``tiles`` bool ``[T, M]``, of the images
+        that were shown, are those that each token sees; None: it sees none."""
+        if tiles is None:
+            tiles = torch.zeros(len(ids), self._tiles, dtype=torch.bool)
+        inputs = {"ids": torch.tensor([list(ids)]), "tiles": tiles.unsqueeze(0), **self._states, **self._caches}
+        outputs = self._graph.run(self._table, inputs)
         logits: Tensor = outputs.pop("logits")
         self._caches = {name.replace("present_", "past_"): value for name, value in outputs.items()}
         return logits[0]
+
+    @torch.no_grad()
+    def look(self, vision: Graph, image: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the decoder takes from an image, by the names of the outputs of ``vision``; it is shown behind those
+        shown before. ``image``: the inputs of ``vision``."""
+        seen = vision.run(self._table, image)
+        self.show(seen, tiles=image["aspect_ratio_mask"].shape[-1])
+        return seen
+
+    def show(self, states: Mapping[str, Tensor], *, tiles: int) -> None:
+        """What ``look`` gives of an image of so many tiles, from whatever computed it."""
+        self._states = {name: torch.cat([kept, states[name]], dim=2) for name, kept in self._states.items()}
+        self._tiles += tiles
 
     @torch.no_grad()
     def compute(self, node: Node, values: Mapping[Value, Tensor]) -> tuple[Tensor, ...]:
@@ -110,13 +137,15 @@ class Reference:
     @torch.no_grad()
     def before_head(self, ids: Tensor, on_layer: Callable[[], None] = lambda: None) -> Tensor:
         """What the head reads for texts int64 ``[B, T]`` that start anew: float32 ``[B, T, H]``. The cache stays as it
-        is. ``on_layer`` is called after each decoder layer."""
+        is, and no image is seen. ``on_layer`` is called after each decoder layer."""
         wanted = self._graph.head.arguments[0]
         assert isinstance(wanted, Value)  # VOCABULARY: linear is x, weight
-        nodes = [node for node in self._graph.nodes if node is not self._graph.head]
+        ending = self._graph.ending
+        nodes = [node for node in self._graph.nodes if node not in ending]
         last_of_layer = {node.layer: node.name for node in nodes if node.layer is not None}
         caches = self._empty_caches(len(ids))
-        values = {Value(name): value for name, value in {"ids": ids, **caches}.items()}
+        unseen = {"tiles": torch.zeros(*ids.shape, 0, dtype=torch.bool), **self._no_states(len(ids))}
+        values = {Value(name): value for name, value in {"ids": ids, **caches, **unseen}.items()}
         walk(
             nodes,
             self._table,
@@ -130,9 +159,13 @@ class Reference:
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]`` of what ``before_head`` gives, or some of its positions, ``[..., H]``."""
-        weight = self._graph.head.arguments[1]
-        assert isinstance(weight, Weight)  # VOCABULARY: linear is x, weight
-        return self._linear(hidden, weight)
+        ending = self._graph.ending
+        read = ending[0].arguments[0]
+        assert isinstance(read, Value)  # VOCABULARY: linear is x, weight
+        values: dict[Value, Any] = {read: hidden}
+        walk(ending, self._table, values)
+        logits: Tensor = values[self._graph.outputs["logits"]]
+        return logits
 
     def greedy(self, ids: Sequence[int], *, count: int, stops: Sequence[int]) -> list[tuple[int, float]]:
         """``greedy_answers`` to a single prompt."""
@@ -182,6 +215,11 @@ class Reference:
         names = (name for name in self._graph.inputs if name.startswith("past_"))
         return {name: torch.zeros(batch, spec.num_key_value_heads, 0, spec.head_dim) for name in names}
 
+    def _no_states(self, batch: int) -> dict[str, Tensor]:
+        spec = self._graph.spec
+        names = (name for name in self._graph.inputs if name.startswith("cross_"))
+        return {name: torch.zeros(batch, spec.num_key_value_heads, 0, spec.head_dim) for name in names}
+
     def _embedding(self, ids: Tensor, weight: Weight) -> Tensor:
         return self._matrix(weight).rows(ids.flatten()).view(*ids.shape, -1)
 
@@ -192,12 +230,29 @@ class Reference:
             x = steps.before.round(x)
         elif matrix.group_size:
             x = round_activations(x, self._arithmetic.rounding(weight.name), group_size=matrix.group_size)
+        elif matrix.is_half and self._arithmetic.product_dtype == "fp16":
+            x = _half(x)
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
         for block in matrix.blocks(weight.shape):
             y[..., block] = F.linear(x, matrix.rows(block))
         if self._noise:
             y = y * (1 + self._noise * torch.randn(y.shape, generator=self._generator))
         return steps.after.round(y) if steps else y
+
+    def _attention_of_ggml(
+        self, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, inv_freq: Constant | None, *sizes: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Where keys and values are kept as float16, queries and probabilities are rounded to it before they meet them:
+        what ggml's ``mul_mat`` makes of a float16 factor. Scores and sums are float32."""
+        frequencies, arithmetic = inv_freq.value if inv_freq else None, self._arithmetic
+        halves = "fp16" == arithmetic.kv_dtype == arithmetic.product_dtype
+        turned = partial(recurrent_table, rope=self._graph.spec.rope)
+        return attend(
+            *(q, k, v, past_k, past_v, frequencies, *sizes),
+            rounded=_halves if halves else None,
+            weighed=_half if halves else None,
+            table=turned if arithmetic.angles == "recurrence" else rope_table,
+        )
 
     def _vector(self, weight: Weight) -> Tensor:
         return self._matrix(weight).rows(slice(None))
@@ -208,7 +263,9 @@ class Reference:
             return self._kept[weight.name]
         stored = self._weights[weight.name]
         group_size = None if isinstance(stored, Tensor) else stored.group_size
-        matrix = _Matrix(stored=stored, group_size=group_size, dtype=self._arithmetic.dequantized_dtype)
+        is_half = isinstance(stored, Tensor) and stored.dtype == torch.float16
+        dtype = self._arithmetic.dequantized_dtype
+        matrix = _Matrix(stored=stored, group_size=group_size, is_half=is_half, dtype=dtype)
         size = 4 * math.prod(weight.shape)
         if self._kept_bytes + size <= self._keep_bytes:
             matrix = self._kept[weight.name] = replace(matrix, stored=matrix.rows(slice(None)))
@@ -221,6 +278,8 @@ class _Matrix:
     stored: StoredWeight
     group_size: int | None
     """Of the codes it came from, whose linear then sees a rounded input too; None if it was stored as floats."""
+    is_half: bool
+    """Whether it was stored as float16."""
     dtype: str
     """To which the target rounds what it dequantizes."""
 
@@ -265,6 +324,14 @@ def _attention_over_static_int8(
     return attend(q, k, v, past_k, past_v, frequencies, *sizes, rounded=rounded)
 
 
+def _halves(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _half(q), _half(k), _half(v)
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.half().float()
+
+
 def round_activations(x: Tensor, activations: Activations, *, group_size: int) -> Tensor:
     """``x`` float32 ``[..., K]`` as a linear sees it whose weight is quantized in groups of ``group_size``."""
     match activations:
@@ -274,6 +341,8 @@ def round_activations(x: Tensor, activations: Activations, *, group_size: int) -
             return _int8_per_token(x)
         case Activations.INT8_PER_BLOCK:
             return _int8_per_block(x, activation_block(columns=x.shape[-1], group_size=group_size))
+        case Activations.INT8_PER_32:
+            return _int8_per_block(x, 32, scale_dtype=torch.float16)
         case Activations.INT8_SYMMETRIC_PER_TOKEN:
             return _int8_symmetric_per_token(x)
         case Activations.STATIC_UINT16:
@@ -297,12 +366,13 @@ def _int8_per_token(x: Tensor) -> Tensor:
     return codes * (1.0 / inverse_scale)
 
 
-def _int8_per_block(x: Tensor, block: int) -> Tensor:
-    """Symmetric int8, one scale of absmax / 127 per ``block`` columns of a row: MatMulNBits at accuracy_level 4."""
+def _int8_per_block(x: Tensor, block: int, *, scale_dtype: torch.dtype = torch.float32) -> Tensor:
+    """Symmetric int8, one scale of absmax / 127 per ``block`` columns of a row: MatMulNBits at accuracy_level 4. The
+    scale is kept as ``scale_dtype``, of float16 in ggml's ``quantize_row_q8_0`` (ggml-cpu/arch/x86/quants.c)."""
     blocks = x.unflatten(-1, (-1, block))
     largest = blocks.abs().amax(dim=-1, keepdim=True)
     codes = (blocks * torch.where(largest == 0, 0.0, torch.full_like(largest, 127.0) / largest)).round()
-    return (codes * (largest / 127.0)).flatten(-2)
+    return (codes * (largest / 127.0).to(scale_dtype).float()).flatten(-2)
 
 
 def _int8_symmetric_per_token(x: Tensor) -> Tensor:

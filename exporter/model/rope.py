@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +42,43 @@ def inverse_frequencies(rope: RopeSpec, *, head_dim: int) -> Tensor:
 def rope_table(inv_freq: Tensor, *, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions ``first .. first + count``: two float32 ``[count, D/2]``."""
     angles = torch.outer(torch.arange(first, first + count, dtype=torch.float32), inv_freq)
+    return angles.cos(), angles.sin()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotation:
+    """Frequencies as llama.cpp is told them: those of the base, divided."""
+
+    scale: float
+    """By which all frequencies are divided."""
+    factors: Tensor | None
+    """By which each of them is divided on top, float32 ``[D / 2]``."""
+
+
+def rotation_of(inv_freq: Tensor, rope: RopeSpec) -> Rotation:
+    """Of the frequencies ``[D / 2]`` that a graph turns by; ``rope`` has their base."""
+    plain = inverse_frequencies(RopeSpec(theta=rope.theta), head_dim=2 * len(inv_freq))
+    if torch.equal(inv_freq, plain):
+        return Rotation(scale=1.0, factors=None)
+    if torch.equal(inv_freq, inverse_frequencies(rope, head_dim=2 * len(inv_freq))):
+        if rope.kind is RopeKind.LINEAR:
+            return Rotation(scale=rope.factor, factors=None)
+        if rope.kind is RopeKind.FACTORS:
+            return Rotation(scale=1.0, factors=torch.tensor(rope.factors))
+    return Rotation(scale=1.0, factors=plain / inv_freq)
+
+
+def recurrent_table(inv_freq: Tensor, rope: RopeSpec, *, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """``rope_table`` with the roundings of ggml (``ggml_rope_cache_init`` of ggml-cpu/ops.cpp): a pair's angle is that
+    of the pair before it times one number, in float32, and only then divided."""
+    rotation = rotation_of(inv_freq, rope)
+    step = np.float32(math.pow(rope.theta, -1.0 / len(inv_freq)))
+    steps = np.full((count, len(inv_freq)), step, dtype=np.float32)
+    steps[:, 0] = np.arange(first, first + count, dtype=np.float32)
+    angles = torch.from_numpy(np.multiply.accumulate(steps, axis=1))
+    if rotation.factors is not None:
+        angles = angles / rotation.factors
+    angles = angles * float(np.float32(1.0) / np.float32(rotation.scale))
     return angles.cos(), angles.sin()
 
 

@@ -63,6 +63,8 @@ class CoreMLTarget:
             compute_dtype="fp32" if scheme.body is Precision.FP32 else "fp16",
             kv_dtype="fp16",
             dequantized_dtype="fp16",
+            group_scale_dtype="fp16",
+            row_scale_dtype="fp16",
         )
 
     def lower(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> Artifact:

@@ -99,5 +99,4 @@ def stored_bytes(spec: ModelSpec, scheme: WeightScheme, name: str) -> int:
 
 
 def _weights_of(spec: ModelSpec, layers: range) -> Iterator[str]:
-    prefixes = tuple(f"model.layers.{layer}." for layer in layers)
-    return (name for name in spec.weights() if prefixes and name.startswith(prefixes))
+    return (name for name in spec.weights() if spec.layer_of(name) in layers)

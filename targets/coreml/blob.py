@@ -21,7 +21,7 @@ _SENTINEL = 0xDEADBEEF
 _RECORD = struct.Struct("<IIQQ")
 _INT4, _UINT4 = 8, 11
 _NIBBLES = (_INT4, _UINT4)
-_DTYPES = {1: torch.float16, 2: torch.float32, 4: torch.int8}
+_DTYPES = {1: torch.float16, 2: torch.float32, 4: torch.int8, 14: torch.int32}
 
 
 class WeightFile:

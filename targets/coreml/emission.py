@@ -75,8 +75,8 @@ def _mapped(error: Exception, path: Path) -> Exception:
 
 def code_arrays(name: str, stored: CodedTensor, *, kernel: bool = False) -> dict[str, NDArray[Any]]:
     """The arguments of ``decoded`` for a weight [N, K], or [N, K, 1, 1] as the ``kernel`` of a 1x1 convolution: codes
-    in MIL's own int4 or int8 and float16 scales [N, K / g]; or indices in its uint4 and tables [N / 8, 1, 16, 1].
-    Raises LoweringError for scales that float16 cannot hold."""
+    in MIL's own int4 or int8, float16 scales [N, K / g], and offsets like codes where there are zero points; or indices
+    in its uint4 and tables [N / 8, 1, 16, 1]. Raises LoweringError for scales that float16 cannot hold."""
     behind = (1, 1) if kernel else ()
     if isinstance(stored, PalettizedTensor):
         indices = stored.codes.numpy().astype(types.nptype_from_builtin(types.uint4))
@@ -91,10 +91,14 @@ def code_arrays(name: str, stored: CodedTensor, *, kernel: bool = False) -> dict
             f"{name} has scales that float16 cannot hold: the largest is {stored.scales.max().item():.3g}",
             hint="take --precision fp32 for this model, or another target",
         )
-    codes = stored.codes.numpy()
+    parts = {"data": stored.codes, "scale": scales}
+    if stored.zeros is not None:
+        parts["offset"] = stored.zeros
+    arrays = {key: part.numpy().reshape(*part.shape, *behind) for key, part in parts.items()}
     if stored.bits == 4:
-        codes = codes.astype(types.nptype_from_builtin(types.int4))
-    return {"data": codes.reshape(*codes.shape, *behind), "scale": scales.numpy().reshape(*scales.shape, *behind)}
+        int4 = types.nptype_from_builtin(types.int4)
+        arrays |= {key: array.astype(int4) for key, array in arrays.items() if key != "scale"}
+    return arrays
 
 
 def decoded(arrays: Mapping[str, NDArray[Any]], *, name: str) -> MilVar:

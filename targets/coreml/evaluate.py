@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -93,12 +93,10 @@ class Evaluator:
         self._package = Package(path, function)
         self._rounding = rounding
         self._constants: dict[str, Any] = {}
-        self._operations: list[Any] = []
-        for operation in self._package.operations:
+        for operation in _everywhere(self._package.operations):
             if operation.type in ("const", *CODED):
                 self._constants[operation.outputs[0].name] = operation
-            else:
-                self._operations.append(operation)
+        self._operations = [one for one in self._package.operations if one.type not in ("const", *CODED)]
         self._keys = {name: self._package.key(operation) for name, operation in self._constants.items()}
         self._kept = kept or Kept()
         self._inputs = [value for value in self._package.inputs if not _is_state(value)]
@@ -129,6 +127,9 @@ class Evaluator:
         return {name: values[name] for name in (*self._package.outputs, *watched)}
 
     def _execute(self, operation: Any, values: dict[str, Any]) -> None:
+        if operation.type == BRANCH:
+            self._branch(operation, values)
+            return
         function = OPS[operation.type]
         by_rows = _BY_ROWS.get(operation.type)
         arguments = {
@@ -142,6 +143,19 @@ class Evaluator:
                 values[declared.name] = self._checked(result, declared, moved=operation.type in _MOVES)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             raise _fault(f"MIL op {_describe(operation)} cannot be computed: {error}") from error
+
+    def _branch(self, operation: Any, values: dict[str, Any]) -> None:
+        """Of two blocks the one that the predicate says; what it computes is forgotten, but for its results."""
+        predicate = self._argument(operation.inputs["pred"], values, by_rows=False)
+        if predicate.dtype != torch.bool or predicate.dim():
+            raise _fault(f"MIL op {_describe(operation)} branches on {predicate.dtype} {list(predicate.shape)}")
+        block = operation.blocks[0 if predicate else 1]
+        own = dict(values)
+        for inner in block.operations:
+            if inner.type not in ("const", *CODED):
+                self._execute(inner, own)
+        for declared, name in zip(operation.outputs, block.outputs, strict=True):
+            values[declared.name] = self._checked(self._value(name, own, by_rows=False), declared, moved=True)
 
     def _argument(self, argument: Any, values: Mapping[str, Any], *, by_rows: bool) -> Any:
         bound = [
@@ -232,15 +246,19 @@ class Evaluator:
         return value.half().float()
 
 
-def decompress(*, data: Tensor, scale: Tensor) -> Tensor:
-    """``constexpr_blockwise_shift_scale``: codes int8 [N, K, ...] times float16 scales [N, K / g, ...], exact in
-    float32."""
+def decompress(*, data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+    """``constexpr_blockwise_shift_scale``: codes int8 [N, K, ...] less offsets int8 [N, K / g, ...], times float16
+    scales of that shape, exact in float32."""
+    if offset is not None and offset.shape != scale.shape:
+        raise ValueError(f"offsets {list(offset.shape)} and scales {list(scale.shape)} differ")
     blocks = [size // count for size, count in zip(data.shape, scale.shape, strict=True)]
     if any(block * count != size for block, count, size in zip(blocks, scale.shape, data.shape, strict=True)):
         raise ValueError(f"scales {list(scale.shape)} do not divide codes {list(data.shape)}")
     codes = data.float().view([size for pair in zip(scale.shape, blocks, strict=True) for size in pair])
-    scales = scale.float().view([size for count in scale.shape for size in (count, 1)])
-    return codes.mul_(scales).view(data.shape)
+    by_block = [size for count in scale.shape for size in (count, 1)]
+    if offset is not None:
+        codes.sub_(offset.view(by_block))
+    return codes.mul_(scale.float().view(by_block)).view(data.shape)
 
 
 def look_up(*, indices: Tensor, lut: Tensor) -> Tensor:
@@ -268,13 +286,14 @@ def _linear(*, x: Tensor, weight: Tensor | Rows, bias: Tensor) -> Tensor:
 
 
 def _gather(*, x: Tensor | Rows, indices: Tensor, axis: Tensor, batch_dims: Tensor, validate_indices: Tensor) -> Tensor:
-    if axis != 0 or batch_dims != 0 or validate_indices:
-        raise ValueError("only whole rows are gathered")
-    if indices.amin() < 0 or indices.amax() >= len(x):
-        raise ValueError(f"indices {indices.amin()} to {indices.amax()} are outside of {len(x)} rows")
+    if batch_dims != 0 or validate_indices or (axis != 0 and (isinstance(x, Rows) or indices.dim() != 1)):
+        raise ValueError("only rows are gathered by indices of any shape, and by none that are checked")
+    size = x.shape[int(axis)]
+    if indices.amin() < 0 or indices.amax() >= size:
+        raise ValueError(f"indices {indices.amin()} to {indices.amax()} are outside of {size}")
     if isinstance(x, Rows):
         return x.decode(indices.flatten()).view(*indices.shape, *x.shape[1:])
-    return x[indices]
+    return x[indices] if axis == 0 else x.index_select(int(axis), indices)
 
 
 def _conv(
@@ -359,6 +378,12 @@ def _split(*, x: Tensor, num_splits: Tensor, axis: Tensor) -> tuple[Tensor, ...]
     return x.chunk(int(num_splits), dim=int(axis))
 
 
+def _pad(*, x: Tensor, pad: Tensor, mode: str, constant_val: Tensor) -> Tensor:
+    if mode != "constant" or len(pad) != 2:
+        raise ValueError(f"padding of mode {mode} by {pad.tolist()}, the last axis by a constant was expected")
+    return F.pad(x, pad.tolist(), value=constant_val.item())
+
+
 def _expand_dims(*, x: Tensor, axes: Tensor) -> Tensor:
     for axis in axes.tolist():
         x = x.unsqueeze(axis)
@@ -382,6 +407,15 @@ def _attention(*, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) 
         raise ValueError(f"mask {list(attn_mask.shape)} does not fit {query.shape[-2]} queries, {key.shape[-2]} keys")
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + attn_mask
     return scores.softmax(dim=-1) @ value
+
+
+def _topk(
+    *, x: Tensor, k: Tensor, axis: Tensor, ascending: Tensor, sort: Tensor, return_indices: Tensor, **_: Any
+) -> tuple[Tensor, ...]:
+    if ascending or not sort or not return_indices:
+        raise ValueError("only the largest are taken, in order and with their places")
+    values, places = x.topk(int(k), dim=int(axis))
+    return values, places.int()
 
 
 def _write_state(*, input: State, data: Tensor) -> tuple[()]:
@@ -412,6 +446,18 @@ def _names(operation: Any, *, leave_out: Mapping[str, Collection[str]] | None = 
         for binding in argument.arguments:
             if binding.WhichOneof("binding") == "name":
                 yield binding.name
+    for block in operation.blocks:
+        yield from block.outputs
+        for inner in block.operations:
+            yield from _names(inner)
+
+
+def _everywhere(operations: Iterable[Any]) -> Iterator[Any]:
+    """Operations with those of their branches before them."""
+    for operation in operations:
+        for block in operation.blocks:
+            yield from _everywhere(block.operations)
+        yield operation
 
 
 def _last_uses(operations: Sequence[Any], *, keep: set[str]) -> list[list[str]]:
@@ -427,12 +473,14 @@ def _last_uses(operations: Sequence[Any], *, keep: set[str]) -> list[list[str]]:
 def _refuse_what_core_ml_would(package: Package) -> None:
     """Raises LoweringError for an op outside the table, and for one that mixes float types: no MIL op converts them."""
     floats = {value.name: value.type.tensorType.dataType for value in package.inputs if not _is_state(value)}
-    for operation in package.operations:
-        if operation.type not in ("const", *CODED, *OPS):
+    for operation in _everywhere(package.operations):
+        if operation.type not in ("const", *CODED, *OPS, BRANCH):
             raise _fault(f"MIL op {_describe(operation)} is not one that the evaluator knows: {', '.join(OPS)}")
         floats |= {value.name: value.type.tensorType.dataType for value in operation.outputs}
         if operation.type == "gather" and any(floats.get(name) in _NARROW for name in _names(operation)):
             raise _fault(f"MIL op {_describe(operation)} looks up rows by 16-bit numbers: they end at 65,535")
+        if operation.type == BRANCH:
+            continue
         kinds = {floats[name] for name in _names(operation, leave_out=_FREE) if floats.get(name) in _FLOATS}
         if len(kinds) > 1:
             found = ", ".join(sorted(MilType.Name(kind) for kind in kinds))
@@ -459,6 +507,8 @@ OPS: dict[str, Callable[..., Any]] = {
     "equal": _elementwise(torch.eq),
     "expand_dims": _expand_dims,
     "gather": _gather,
+    "greater": _elementwise(torch.gt),
+    "greater_equal": _elementwise(torch.ge),
     "identity": lambda *, x: x,
     "layer_norm": _layer_norm,
     "linear": _linear,
@@ -466,11 +516,15 @@ OPS: dict[str, Callable[..., Any]] = {
     "maximum": _elementwise(torch.maximum),
     "minimum": _elementwise(torch.minimum),
     "mul": _elementwise(torch.mul),
+    "pad": _pad,
     "read_state": lambda *, input: input.value,
+    "reduce_max": lambda *, x, axes, keep_dims: x.amax(dim=axes.tolist(), keepdim=bool(keep_dims)),
     "reduce_mean": lambda *, x, axes, keep_dims: x.mean(dim=axes.tolist(), keepdim=bool(keep_dims)),
+    "reduce_min": lambda *, x, axes, keep_dims: x.amin(dim=axes.tolist(), keepdim=bool(keep_dims)),
     "reshape": _reshape,
     "rsqrt": lambda *, x, epsilon: (x + epsilon).rsqrt(),
     "scaled_dot_product_attention": _attention,
+    "sigmoid": lambda *, x: x.sigmoid(),
     "shape": lambda *, x: torch.tensor(x.shape, dtype=torch.int32),
     "silu": lambda *, x: F.silu(x),
     "slice_by_size": _slice_by_size,
@@ -481,11 +535,14 @@ OPS: dict[str, Callable[..., Any]] = {
     "squeeze": _squeeze,
     "sub": _elementwise(torch.sub),
     "tile": lambda *, x, reps: x.repeat(reps.tolist()),
+    "topk": _topk,
     "transpose": lambda *, x, perm: x.permute(perm.tolist()),
     "write_state": _write_state,
 }
 """MIL op -> what it computes, with the parameter names of MIL; the definitions are in coremltools' ``iOS15`` to
 ``iOS18`` op modules (``coremltools.converters.mil.mil.ops.defs``)."""
+
+BRANCH = "cond"
 
 _BY_ROWS = {"conv": "weight", "gather": "x", "linear": "weight"}
 """The argument that an op takes by ``Rows``, too."""

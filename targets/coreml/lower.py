@@ -11,16 +11,17 @@ rotary embedding always in float32, and the states are always float16, the only 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from exporter.model.graph import Constant, Graph, Weight, cache_names
+from exporter.model.graph import EXPERT, Constant, Graph, Weight, cache_names
+from exporter.model.ops import FLOOR, places, temperatures
 from exporter.model.rope import rope_table
-from exporter.spec import FINAL_NORM, Logits, Plan
+from exporter.spec import FINAL_NORM, ROUTER, Logits, Plan
 from exporter.store import StoredWeight, WeightStore
 from targets.coreml.emission import (
     MilVar,
@@ -64,6 +65,7 @@ def _program(graph: Graph, store: WeightStore, plan: Plan, compute_dtype: str) -
         caches: dict[str, Slot] = {}
         for layer, (key, value) in enumerate(cache_names(graph.spec.num_hidden_layers)):
             caches |= {f"past_{key}": Slot(keys, layer), f"past_{value}": Slot(values, layer)}
+        emitter.store_experts(graph)
         outputs = graph.run(emitter.table(), {"ids": inputIds, **caches})
         return mb.identity(x=outputs["logits"], name="logits")
 
@@ -89,6 +91,10 @@ def _convert(program: Any, path: Path, *, context: int) -> None:
     )
 
 
+_OUT_OF_SIGHT = 3e4
+_NUMPY = {"fp16": np.float16, "fp32": np.float32}
+
+
 class _Emitter:
     """The table: for each op of the graph, the MIL that computes it."""
 
@@ -98,7 +104,8 @@ class _Emitter:
         self._compute = compute_dtype
         self._weights: dict[str, MilVar] = {}
         self._rope: dict[str, tuple[MilVar, MilVar]] = {}
-        self._masks: dict[int, MilVar] = {}
+        self._masks: dict[tuple[int, int], MilVar] = {}
+        self._temperatures: MilVar | None = None
         self._mask = cast(mask, compute_dtype)
         self._length = mb.slice_by_size(x=mb.shape(x=ids), begin=[1], size=[1])  # [1]: T
         self._end = mb.slice_by_size(x=mb.shape(x=mask), begin=[3], size=[1])  # [1]: E
@@ -113,23 +120,86 @@ class _Emitter:
             "mul": lambda a, b: mb.mul(x=a, y=b),
             "add": lambda a, b: mb.add(x=a, y=b),
             "attention": self._attention,
+            "head_norm": self._head_norm,
+            "temper": self._temper,
+            "route": self._route,
+            "gate": lambda x, scores, expert: mb.mul(x=x, y=self._of_expert(scores, expert)),
+            "spread": self._spread,
+            EXPERT: self._expert,
         }
+
+    def store_experts(self, graph: Graph) -> None:
+        """Their weights as constants of the program itself: what lies inside of a branch is seen by that alone."""
+        for node in graph.nodes:
+            if node.expert is not None:
+                for argument in node.arguments:
+                    if isinstance(argument, Weight):
+                        self._weight(argument)
 
     def _embedding(self, ids: MilVar, weight: Weight) -> MilVar:
         return cast(mb.gather(x=self._weight(weight), indices=ids, axis=0), self._compute)
 
     def _linear(self, x: MilVar, weight: Weight) -> MilVar:
-        """In the dtype of its weight, whatever the dtype around it."""
+        """In the dtype of its weight, whatever the dtype around it; what a router gives stays so: float16 would make
+        equals of logits that differ."""
         matrix = self._weight(weight)
-        return cast(mb.linear(x=cast(x, dtype_of(matrix)), weight=matrix), self._compute)
+        product = mb.linear(x=cast(x, dtype_of(matrix)), weight=matrix)
+        return product if weight.name.endswith(ROUTER) else cast(product, self._compute)
 
     def _rms_norm(self, x: MilVar, weight: Weight, eps: float) -> MilVar:
         if weight.name == FINAL_NORM and self._plan.logits is Logits.LAST:
             x = self._last_position(x)
+        return cast(mb.mul(x=self._normal(x, eps), y=self._weight(weight)), self._compute)
+
+    def _normal(self, x: MilVar, eps: float) -> MilVar:
+        """float32"""
         x = cast(x, "fp32")
         mean_square = mb.reduce_mean(x=mb.square(x=x), axes=[-1], keep_dims=True)
-        normed = mb.mul(x=x, y=mb.rsqrt(x=mean_square, epsilon=np.float32(eps)))
-        return cast(mb.mul(x=normed, y=self._weight(weight)), self._compute)
+        return mb.mul(x=x, y=mb.rsqrt(x=mean_square, epsilon=np.float32(eps)))
+
+    def _head_norm(self, x: MilVar, head_dim: int, eps: float) -> MilVar:
+        width = x.shape[2]
+        heads = mb.reshape(x=x, shape=sizes_of(1, self._length, width // head_dim, head_dim))
+        normed = cast(self._normal(heads, eps), self._compute)
+        return mb.reshape(x=normed, shape=sizes_of(1, self._length, width))
+
+    def _temper(self, q: MilVar, _past_k: Slot, floor_scale: int, attn_scale: float) -> MilVar:
+        count = self._plan.context
+        if count < floor_scale:  # all are 1
+            return q
+        if self._temperatures is None:
+            table = temperatures(first=0, count=count, floor_scale=floor_scale, attn_scale=attn_scale)
+            begin, size = sizes_of(0, self._position, 0), sizes_of(1, self._length, 1)
+            self._temperatures = mb.slice_by_size(x=table[None, :, None].numpy(), begin=begin, size=size)
+        return cast(mb.mul(x=cast(q, "fp32"), y=self._temperatures), self._compute)
+
+    def _route(self, logits: MilVar, count: int) -> MilVar:
+        """Logits that are equal to the last bit are chosen together."""
+        if count == 1:
+            least = mb.reduce_max(x=logits, axes=[-1], keep_dims=True)
+        else:
+            largest, _ = mb.topk(x=logits, k=count, axis=-1)
+            least = mb.reduce_min(x=largest, axes=[-1], keep_dims=True)
+        chosen = mb.cast(x=mb.greater_equal(x=logits, y=least), dtype="fp32")
+        return cast(mb.mul(x=mb.sigmoid(x=logits), y=chosen), self._compute)
+
+    def _spread(self, logits: MilVar, tokens: Constant, vocab_size: int) -> MilVar:
+        """Logits of all tokens from those of some and, behind them, one for all others."""
+        floor = _NUMPY[dtype_of(logits)](FLOOR)
+        wider = mb.pad(x=logits, pad=[0, 1], mode="constant", constant_val=floor)
+        return mb.gather(x=wider, indices=places(tokens.value, vocab_size).numpy().astype(np.int32), axis=2)
+
+    def _of_expert(self, scores: MilVar, expert: int) -> MilVar:
+        return mb.slice_by_size(x=scores, begin=[0, 0, expert], size=sizes_of(1, self._length, 1))  # [1, T, 1]
+
+    def _expert(self, x: MilVar, scores: MilVar, total: MilVar, expert: int, inside: Callable[..., MilVar]) -> MilVar:
+        """Passed over where no token of the call chose it."""
+        largest = mb.reduce_max(x=self._of_expert(scores, expert), axes=[0, 1, 2], keep_dims=False)
+        return mb.cond(
+            pred=mb.greater(x=largest, y=np.dtype(_NUMPY[dtype_of(largest)]).type(0)),
+            _true_fn=lambda: inside(x, scores, total),
+            _false_fn=lambda: mb.identity(x=total),
+        )
 
     def _last_position(self, x: MilVar) -> MilVar:
         begin = mb.concat(values=[[0], mb.sub(x=self._length, y=[1]), [0]], axis=0)
@@ -150,7 +220,8 @@ class _Emitter:
         chunk: int,
     ) -> tuple[MilVar, Slot, Slot]:
         head_dim = q.shape[2] // heads
-        refuse_unknown_attention(head_dim, scale=scale, window=window, chunk=chunk, layer=past_k.layer)
+        refuse_unknown_attention(head_dim, scale=scale, window=window, chunk=0, layer=past_k.layer)
+        chunk = chunk if chunk < self._plan.context else 0
         q, k, v = (self._split_heads(x, count) for x, count in ((q, heads), (k, kv_heads), (v, kv_heads)))
         if inv_freq:
             q, k = self._rotate(q, inv_freq), self._rotate(k, inv_freq)
@@ -159,7 +230,7 @@ class _Emitter:
         # scaled_dot_product_attention does not broadcast heads: queries that share keys lie one after another in T.
         queries = mb.reshape(x=q, shape=sizes_of(1, kv_heads, -1, head_dim)) if shared > 1 else q
         context = mb.scaled_dot_product_attention(
-            query=queries, key=keys, value=values, attn_mask=self._mask_for(shared)
+            query=queries, key=keys, value=values, attn_mask=self._mask_for(shared, chunk)
         )  # [1, KV, shared*T, D]
         if shared > 1:
             context = mb.reshape(x=context, shape=sizes_of(1, heads, self._length, head_dim))
@@ -204,10 +275,22 @@ class _Emitter:
         )
         return cast(mb.squeeze(x=filled, axes=[0]), self._compute)
 
-    def _mask_for(self, shared: int) -> MilVar:
-        if shared not in self._masks:
-            self._masks[shared] = mb.tile(x=self._mask, reps=[1, 1, shared, 1]) if shared > 1 else self._mask
-        return self._masks[shared]
+    def _mask_for(self, shared: int, chunk: int) -> MilVar:
+        if (shared, chunk) not in self._masks:
+            mask = mb.add(x=self._mask, y=self._chunk_bias(chunk)) if chunk else self._mask
+            self._masks[shared, chunk] = mb.tile(x=mask, reps=[1, 1, shared, 1]) if shared > 1 else mask
+        return self._masks[shared, chunk]
+
+    def _chunk_bias(self, chunk: int) -> MilVar:
+        """What is added to the app's mask for keys of other chunks, [1, 1, T, E]: 0, or a score of which nothing is
+        left in float16 either."""
+        chunks = (np.arange(self._plan.context) // chunk).astype(np.float32)
+        own = mb.slice_by_size(
+            x=chunks[None, None, :, None], begin=sizes_of(0, 0, self._position, 0), size=sizes_of(1, 1, self._length, 1)
+        )
+        theirs = mb.slice_by_size(x=chunks[None, None, None], begin=[0, 0, 0, 0], size=sizes_of(1, 1, 1, self._end))
+        same = mb.cast(x=mb.equal(x=own, y=theirs), dtype="fp32")  # [1, 1, T, E]
+        return cast(mb.mul(x=mb.sub(x=same, y=np.float32(1)), y=np.float32(_OUT_OF_SIGHT)), self._compute)
 
     def _weight(self, weight: Weight) -> MilVar:
         """One constant per tensor, however many ops use it, called by a name that the codes are found again by."""

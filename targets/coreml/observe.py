@@ -23,6 +23,9 @@ from targets.coreml.runner import causal_mask
 _STATES = ("keyCache", "valueCache")
 """[L, 1, KV, context, D]: what ``attention`` gives second and third."""
 
+_OPS = {"spread": "gather"}
+"""What an op of the graph ends in, where that is called otherwise."""
+
 
 class Taps:
     """Where the values of our graph lie in a program: ``found[value]`` is a name there. A value that has no counterpart
@@ -34,7 +37,7 @@ class Taps:
     def __init__(self, package: Package, graph: Graph, found: Mapping[Value, str] | None = None) -> None:
         self._graph = graph
         self._operations = [operation for operation in package.operations if operation.outputs]
-        casts = [operation for operation in self._operations if operation.type == "cast"]
+        casts = [operation for operation in self._operations if operation.type in ("cast", "pad")]
         self._before_cast = {operation.outputs[0].name: _names(operation, "x")[0] for operation in casts}
         self.found = dict(found or {})
         for node in graph.nodes:
@@ -55,7 +58,7 @@ class Taps:
                 return self._by_weight(self.linear, reader, reads="weight", gives="x")
         inputs = [self.found.get(argument) for argument in node.arguments if isinstance(argument, Value)]
         for operation in self._operations:
-            if operation.type == node.op and inputs == self._values(operation):
+            if operation.type == _OPS.get(node.op, node.op) and inputs == self._values(operation):
                 return str(operation.outputs[0].name)
         return None
 
@@ -77,7 +80,7 @@ class Taps:
         return [self._plain(name) for key in ("x", "y") if key in operation.inputs for name in _names(operation, key)]
 
     def _plain(self, name: str) -> str:
-        """The value before it was cast: unrounded, a cast changes nothing."""
+        """The value before it was cast (unrounded, a cast changes nothing), or made wider to be spread."""
         while name in self._before_cast:
             name = self._before_cast[name]
         return name

@@ -155,8 +155,13 @@ def _joined(blocks: list[StoredWeight]) -> StoredWeight:
         return first
     if isinstance(first, QuantizedTensor):
         scaled = [block for block in blocks if isinstance(block, QuantizedTensor)]
-        codes, scales = ([getattr(block, part) for block in scaled] for part in ("codes", "scales"))
-        return replace(first, codes=torch.cat(codes), scales=torch.cat(scales))
+        points = [block.zeros for block in scaled if block.zeros is not None]
+        return replace(
+            first,
+            codes=torch.cat([block.codes for block in scaled]),
+            scales=torch.cat([block.scales for block in scaled]),
+            zeros=torch.cat(points) if points else None,
+        )
     if isinstance(first, PalettizedTensor):
         tabled = [block for block in blocks if isinstance(block, PalettizedTensor)]
         codes, tables = ([getattr(block, part) for block in tabled] for part in ("codes", "tables"))
@@ -183,6 +188,7 @@ def _coded(name: str, operation: Any, package: Package) -> CodedTensor:
         group_size=codes.shape[1] // scales.shape[1],
         codes=codes,
         scales=scales.float(),
+        zeros=parts["offset"].flatten(1) if "offset" in parts else None,
     )
 
 

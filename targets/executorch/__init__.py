@@ -58,6 +58,7 @@ class ExecuTorchTarget:
             activations=Activations.INT8_PER_TOKEN if quantized else Activations.FLOAT,
             compute_dtype="fp32",
             kv_dtype="fp32",
+            group_scale_dtype="bf16",
         )
 
     def lower(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> Artifact:

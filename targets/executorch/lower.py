@@ -11,6 +11,8 @@ The program is what ExecuTorch's own runners for Android and iOS expect: ``forwa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from torch.export import Dim, ExportedProgram
 
 from exporter.errors import LoweringError
 from exporter.files import written_whole
-from exporter.model.graph import Constant, Graph, Table, Weight
+from exporter.model.graph import EXPERT, Constant, Graph, Table, Weight
+from exporter.model.ops import temperatures
 from exporter.model.reference import Weights
 from exporter.quantized import QuantizedTensor
 from exporter.spec import FINAL_NORM, Logits, Precision
@@ -36,13 +39,18 @@ with border.toolchain("be imported"):
 
     from targets.executorch.outer import (
         Attention,
+        ChunkMask,
+        IfChosen,
         Int8Attention,
         LastPosition,
         Outer,
         RotaryTables,
+        Route,
         Step,
+        Temperatures,
         embedding_module,
     )
+    from targets.executorch.plain import Spread
     from targets.executorch.xnnpack import Segment, Wire
 
 _EXAMPLE_LENGTH = 3
@@ -102,8 +110,10 @@ class Walk:
         self._attends = Int8Attention if kv_cache is Precision.INT8 else Attention
         self._tokens, self._start = Wire((1, context)), Wire((1,))
         self._rotary: dict[str, tuple[Wire, Wire]] = {}
+        self._masks: dict[int, Wire] = {}
+        self._temperatures: Wire | None = None
         self._segment = Segment()
-        self._steps: list[Step | Segment] = []
+        self._steps: list[Step | _Delegate] = []
         self._table: Table = {
             "embedding": self._embedding,
             "linear": self._linear,
@@ -112,21 +122,23 @@ class Walk:
             "mul": self._multiply,
             "add": self._add,
             "attention": self._attention,
+            "head_norm": self._head_norm,
+            "temper": self._temper,
+            "route": self._route,
+            "gate": lambda x, scores, expert: self._segment.scale_by(x, scores, column=expert),
+            "spread": self._spread,
+            EXPERT: self._expert,
         }
 
     def run(self, graph: Graph) -> Outer:
         """The outer module for ``graph``. Raises LoweringError for an op, or an argument of one, without a lowering."""
         caches = dict.fromkeys(graph.inputs)  # each attention keeps its own
         logits: Wire = graph.run(self._table, {**caches, "ids": self._tokens})["logits"]
-        self._segment.send(logits)
+        if logits.source:
+            logits.source.send(logits)
         self._close_segment()
         stand_ins = StandIns(context=self._context)
-        steps = [
-            Step(_lowered(step, stand_ins), tuple(step.inputs), tuple(step.outputs))
-            if isinstance(step, Segment)
-            else step
-            for step in self._steps
-        ]
+        steps = [step if isinstance(step, Step) else step.lowered(stand_ins) for step in self._steps]
         return Outer(steps, tokens=self._tokens, start=self._start, logits=logits, context=self._context)
 
     def _embedding(self, ids: Wire, weight: Weight) -> Wire:
@@ -175,11 +187,12 @@ class Walk:
         window: int,
         chunk: int,
     ) -> tuple[Wire, None, None]:
-        if window or chunk:
+        if window:
             raise LoweringError(
-                f"attention with window {window} and chunk {chunk} has no lowering: llama::custom_sdpa sees every key",
+                f"attention with window {window} has no lowering: llama::custom_sdpa sees every key",
                 hint="choose another target for this model",
             )
+        masks = (self._chunk_mask(chunk),) if 0 < chunk < self._context else ()
         segment = self._segment
         q, k, v = segment.split_heads(q, heads), segment.split_heads(k, kv_heads), segment.split_heads(v, kv_heads)
         if inv_freq is not None:
@@ -190,8 +203,56 @@ class Walk:
         self._close_segment()
         module = self._attends(context=self._context, kv_heads=kv_heads, head_dim=k.shape[-1], scale=scale)
         context = Wire(q.shape)
-        self._steps.append(Step(module, (q, k, v, self._start), (context,)))
+        self._steps.append(Step(module, (q, k, v, self._start, *masks), (context,)))
         return self._segment.join_heads(context), None, None
+
+    def _head_norm(self, x: Wire, head_dim: int, eps: float) -> Wire:
+        heads = self._segment.split_heads(x, x.shape[-1] // head_dim)
+        return self._segment.join_heads(self._segment.normal(heads, eps=eps))
+
+    def _temper(self, q: Wire, _past_k: None, floor_scale: int, attn_scale: float) -> Wire:
+        if self._context < floor_scale:  # all are 1
+            return q
+        if self._temperatures is None:
+            table = temperatures(first=0, count=self._context, floor_scale=floor_scale, attn_scale=attn_scale)
+            self._temperatures = Wire((1, self._context, 1))
+            self._steps.append(Step(Temperatures(table), (self._tokens, self._start), (self._temperatures,)))
+        return self._segment.multiply(q, self._temperatures)
+
+    def _chunk_mask(self, chunk: int) -> Wire:
+        if chunk not in self._masks:
+            self._masks[chunk] = Wire((self._context, self._context))
+            module = ChunkMask(context=self._context, chunk=chunk)
+            self._steps.append(Step(module, (self._tokens, self._start), (self._masks[chunk],)))
+        return self._masks[chunk]
+
+    def _route(self, logits: Wire, count: int) -> Wire:
+        self._segment.send(logits)
+        self._close_segment()
+        scores = Wire(logits.shape)
+        self._steps.append(Step(Route(count), (logits,), (scores,)))
+        return scores
+
+    def _spread(self, logits: Wire, tokens: Constant, vocab_size: int) -> Wire:
+        self._segment.send(logits)
+        self._close_segment()
+        of_all = Wire((*logits.shape[:-1], vocab_size))
+        self._steps.append(Step(Spread(tokens.value, vocab_size=vocab_size), (logits,), (of_all,)))
+        return of_all
+
+    def _expert(self, x: Wire, scores: Wire, total: Wire, expert: int, inside: Callable[..., Wire]) -> Wire:
+        """A delegate of its own, which the outer program passes over where no token chose the expert."""
+        for wire in (x, total):
+            if wire.source:
+                wire.source.send(wire)
+        self._close_segment()
+        segment, self._segment = self._segment, Segment()
+        added = inside(x, scores, total)
+        segment, self._segment = self._segment, segment
+        segment.send(added)
+        result = Wire(total.shape)
+        self._steps.append(_Delegate(segment, result=result, unless_chosen=(x, scores, total, expert)))
+        return result
 
     def _rotary_tables(self, inv_freq: Constant) -> tuple[Wire, Wire]:
         if inv_freq.name not in self._rotary:
@@ -205,8 +266,28 @@ class Walk:
     def _close_segment(self) -> None:
         """A segment that gives nothing, as before the last norm of a model without layers, is none."""
         if self._segment.outputs:
-            self._steps.append(self._segment)
+            self._steps.append(_Delegate(self._segment))
         self._segment = Segment()
+
+
+@dataclass(frozen=True, slots=True)
+class _Delegate:
+    """A segment that is to become a step."""
+
+    segment: Segment
+    result: Wire | None = None
+    """What the outer program calls its only output."""
+    unless_chosen: tuple[Wire, Wire, Wire, int] | None = None
+    """Of an expert: what it reads, scores, the sum so far, and its number."""
+
+    def lowered(self, stand_ins: StandIns) -> Step:
+        module, segment = _lowered(self.segment, stand_ins), self.segment
+        if self.unless_chosen is None or self.result is None:
+            return Step(module, tuple(segment.inputs), tuple(segment.outputs))
+        *inputs, expert = self.unless_chosen
+        order = [inputs.index(wire) for wire in segment.inputs]
+        chosen = IfChosen(module, order=order, expert=expert)
+        return Step(chosen, tuple(inputs), (self.result,))
 
 
 def _lowered(segment: Segment, stand_ins: StandIns) -> nn.Module:

@@ -25,6 +25,7 @@ from targets.executorch.runner import ProgramRunner
 from targets.executorch.xnnpack import CODES
 
 _ELEMENTWISE = {"add": "XNNAdd", "mul": "XNNMultiply"}
+_SPREADS = "aten::index_select"
 
 
 class Taps:
@@ -52,6 +53,8 @@ class Taps:
                 return [call.output if call else None]
             case "attention":
                 return self._attention(node)
+            case "spread":
+                return [next((call.output for call in self._program.calls if call.kind == _SPREADS), None)]
         inputs = [self.found.get(argument) for argument in node.arguments if isinstance(argument, Value)]
         if node.op == "silu":
             sigmoids = [c.output for c in self._program.calls if c.kind == "XNNSigmoid" and [*c.inputs] == inputs]
@@ -160,7 +163,7 @@ class PortableTaps:
                 self._after("aten::bmm")
                 self._after("aten::bmm")
                 return [self._after("dim_order_ops::_clone_dim_order").output, keys, values]
-        return [self._after(f"aten::{node.op}").output]
+        return [self._after(_SPREADS if node.op == "spread" else f"aten::{node.op}").output]
 
     def _after(self, *kinds: str) -> Call:
         """The next call of one of those kinds. Raises LoweringError where there is none."""

@@ -109,7 +109,9 @@ class RotaryTables(nn.Module):
 
 
 class Attention(nn.Module):
-    """q [1, T, H, D], k and v [1, T, KV, D] (q and k rotated), start -> context [1, T, H, D]; keeps the cache."""
+    """q [1, T, H, D], k and v [1, T, KV, D] (q and k rotated), start -> context [1, T, H, D]; keeps the cache.
+
+    With a mask, that alone says what a query sees."""
 
     def __init__(self, *, context: int, kv_heads: int, head_dim: int, scale: float) -> None:
         super().__init__()
@@ -117,12 +119,12 @@ class Attention(nn.Module):
         self.register_buffer("keys", torch.zeros(1, context, kv_heads, head_dim))
         self.register_buffer("values", torch.zeros(1, context, kv_heads, head_dim))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor | None = None) -> Tensor:
         keys, values = self.get_buffer("keys"), self.get_buffer("values")
         torch.ops.llama.update_cache(k, keys, start)
         torch.ops.llama.update_cache(v, values, start)
-        dropout, causal = 0.0, True
-        context: Tensor = torch.ops.llama.custom_sdpa(q, keys, values, start, None, dropout, causal, self.scale)
+        dropout, causal = 0.0, mask is None
+        context: Tensor = torch.ops.llama.custom_sdpa(q, keys, values, start, mask, dropout, causal, self.scale)
         return context
 
 
@@ -138,7 +140,7 @@ class Int8Attention(nn.Module):
             self.register_buffer(f"{name}_zero_points", torch.zeros(1, context, kv_heads, 1, dtype=torch.int8))
             self.register_buffer(f"{name}_scales", torch.ones(1, context, kv_heads, 1))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor | None = None) -> Tensor:
         for name, new in (("keys", k), ("values", v)):
             for part, tensor in zip(("", "_zero_points", "_scales"), _int8(new), strict=True):
                 torch.ops.llama.update_cache(tensor, self.get_buffer(name + part), start)
@@ -148,9 +150,9 @@ class Int8Attention(nn.Module):
             for part in ("", "_zero_points", "_scales")
         }
         codes, zero_points, scales = _int8(q)
-        dropout, causal = 0.0, True
+        dropout, causal = 0.0, mask is None
         context: Tensor = torch.ops.llama.custom_quantized_sdpa(
-            *(codes, cached["keys"], cached["values"], start, None, dropout, causal, self.scale),
+            *(codes, cached["keys"], cached["values"], start, mask, dropout, causal, self.scale),
             *(zero_points, scales),
             *(cached["keys_zero_points"], cached["keys_scales"]),
             *(cached["values_zero_points"], cached["values_scales"]),
@@ -164,6 +166,70 @@ def _int8(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales, zero_points = library.choose_qparams_per_token_asymmetric(x, torch.int8)
     codes = library.quantize_per_token(x, scales, zero_points, -128, 127, torch.int8)
     return codes, zero_points.to(torch.int8), scales.to(torch.float32)
+
+
+class ChunkMask(nn.Module):
+    """tokens [1, T], start -> float32 [T, context]: 0 for the keys of a query's own chunk up to itself, else -inf."""
+
+    def __init__(self, *, context: int, chunk: int) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.arange(context))
+        self.register_buffer("chunks", torch.arange(context) // chunk)
+
+    def forward(self, tokens: Tensor, start: int) -> Tensor:
+        positions, chunks = self.get_buffer("positions"), self.get_buffer("chunks")
+        length = tokens.shape[1]
+        queries, own = (x.narrow(0, start, length).unsqueeze(1) for x in (positions, chunks))
+        return torch.where((positions <= queries) & (chunks == own), 0.0, -torch.inf)
+
+
+class Temperatures(nn.Module):
+    """tokens [1, T], start -> what queries at those positions are multiplied by: float32 [1, T, 1]."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table.view(1, -1, 1))
+
+    def forward(self, tokens: Tensor, start: int) -> Tensor:
+        return self.get_buffer("table").narrow(1, start, tokens.shape[1])
+
+
+class Route(nn.Module):
+    """logits [1, T, E] -> scores [1, T, E]: see ``exporter.model.ops.route``."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, logits: Tensor) -> Tensor:
+        largest, chosen = logits.topk(self.count, dim=-1)
+        return torch.zeros_like(logits).scatter(-1, chosen, largest.sigmoid())
+
+
+class IfChosen(nn.Module):
+    """x [1, T, H], scores [1, T, E], sum so far [1, T, H] -> what an expert's delegate gives, which adds to the sum;
+    where no token of the call chose it, the sum as it is.
+
+    ``order`` says where the inputs of the delegate stand among these three.
+    """
+
+    def __init__(self, delegate: nn.Module, *, order: Sequence[int], expert: int) -> None:
+        super().__init__()
+        self.delegate, self.order, self.expert = delegate, tuple(order), expert
+
+    def forward(self, *given: Tensor) -> Tensor:
+        _, scores, _ = given
+
+        def compute(*given: Tensor) -> tuple[Tensor]:
+            (added,) = self.delegate(*[given[place] for place in self.order])
+            return (added,)
+
+        def keep(_x: Tensor, _scores: Tensor, total: Tensor) -> tuple[Tensor]:
+            return (total.clone(),)
+
+        # What ``torch.cond`` comes to, without a pass of Dynamo over each branch: half a second for each expert.
+        (result,) = torch.ops.higher_order.cond(scores[..., self.expert].amax() > 0, compute, keep, given)
+        return result
 
 
 class LastPosition(nn.Module):

@@ -99,7 +99,7 @@ def _is_norm(held: Held | None, spec: ModelSpec) -> bool:
 
 
 def _is_table(held: Held | None, spec: ModelSpec) -> bool:
-    return held is not None and tuple(held.shape) == (spec.vocab_size, spec.hidden_size)
+    return held is not None and tuple(held.shape) == (spec.num_embeddings, spec.hidden_size)
 
 
 def read_payload(data: bytes, *, backend: str, file: ProgramFile, artifact: Artifact) -> Payload:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from exporter.errors import LoweringError
 from exporter.model.graph import Constant, Graph, Node, Table, Value, Weight
+from exporter.model.ops import FLOOR, places
 from exporter.model.reference import Weights
 from exporter.model.rope import rope_table, rotate
 from exporter.spec import FINAL_NORM, Logits
@@ -74,6 +75,11 @@ class Decoder(nn.Module):
                 case "rms_norm":
                     eps = float(node.arguments[2])  # type: ignore[arg-type]  # VOCABULARY: x, weight, eps
                     self._add("rms_norm", node, partial(_norm, weights, eps=eps))
+                case "spread":
+                    _, tokens, count = node.arguments
+                    assert isinstance(tokens, Constant)  # VOCABULARY
+                    assert isinstance(count, int)
+                    self.parts["spread"] = Spread(tokens.value, vocab_size=count)
         self.attentions = nn.ModuleDict(
             {
                 past.node.replace(".", "_"): form.attention(
@@ -93,6 +99,7 @@ class Decoder(nn.Module):
             "mul": torch.mul,
             "add": torch.add,
             "attention": lambda q, k, v, attention, *_: (attention(q, k, v, here), None, None),
+            "spread": lambda logits, _tokens, _count: self.parts["spread"](logits),
         }
         inputs: dict[str, Any] = dict.fromkeys(self._graph.inputs)
         inputs |= {past.node: self.attentions[past.node.replace(".", "_")] for _, past in _attentions(self._graph)}
@@ -123,6 +130,18 @@ def _attentions(graph: Graph) -> list[tuple[Node, Value]]:
     nodes = [node for node in graph.nodes if node.op == "attention"]
     pasts = [node.arguments[3] for node in nodes]
     return [(node, past) for node, past in zip(nodes, pasts, strict=True) if isinstance(past, Value)]
+
+
+class Spread(nn.Module):
+    """logits [1, T, n] -> [1, T, V]: see ``exporter.model.ops.spread``."""
+
+    def __init__(self, tokens: Tensor, *, vocab_size: int) -> None:
+        super().__init__()
+        self.register_buffer("places", places(tokens, vocab_size))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        floor = logits.new_full((1, logits.shape[1], 1), FLOOR)
+        return torch.cat([logits, floor], dim=-1).index_select(-1, self.get_buffer("places"))
 
 
 class Norm(nn.Module):

@@ -69,7 +69,7 @@ class KernelUses:
         held = [file.is_constant(value) for value in values]
         if name == "dim_order_ops::_to_dim_order_copy" and held[0]:
             self._widened[call.args[-1]] = values[0]
-        elif name in EMBEDDING_KERNELS and held[0] and values[0].sizes[0] == self._artifact.spec.vocab_size:
+        elif name in EMBEDDING_KERNELS and held[0] and values[0].sizes[0] == self._artifact.spec.num_embeddings:
             table = partial(read_table, file, values, bits=EMBEDDING_KERNELS[name])
             return [Use("embedding", lambda _name: table())]
         elif name == "aten::linear":

@@ -103,19 +103,26 @@ class Segment:
         return result
 
     def rms_norm(self, x: Wire, *, name: str, weight: Tensor, eps: float) -> Wire:
-        """XNNPACK's graph format has no mean: it is a matrix of one row that holds 1/H."""
+        return self._binary(xnn.XNNMultiply, self.normal(x, eps=eps), self._floats(name, weight, dtype=torch.float32))
+
+    def normal(self, x: Wire, *, eps: float) -> Wire:
+        """``x`` over the root mean square of its last dimension. XNNPACK's graph format has no mean: it is a matrix of
+        one row that holds 1/H."""
         width = x.shape[-1]
         squares = self._unary(xnn.XNNSquare, x)
         mean = self.linear(squares, name=f"mean of {width}", weight=torch.full((1, width), 1.0 / width))
         shifted = self._binary(xnn.XNNAdd, mean, self._scalar(eps))
-        normal = self._binary(xnn.XNNMultiply, x, self._ids[self._unary(xnn.XNNReciprocalSquareRoot, shifted)])
-        return self._binary(xnn.XNNMultiply, normal, self._floats(name, weight, dtype=torch.float32))
+        return self._binary(xnn.XNNMultiply, x, self._ids[self._unary(xnn.XNNReciprocalSquareRoot, shifted)])
 
     def silu(self, x: Wire) -> Wire:
         return self.multiply(x, self._unary(xnn.XNNSigmoid, x))
 
     def multiply(self, a: Wire, b: Wire) -> Wire:
         return self._binary(xnn.XNNMultiply, a, self._use(b))
+
+    def scale_by(self, x: Wire, factors: Wire, *, column: int) -> Wire:
+        """``x`` [1, T, H] times one column of ``factors`` [1, T, E]."""
+        return self._binary(xnn.XNNMultiply, x, self._slice_last(factors, column, 1))
 
     def add(self, a: Wire, b: Wire) -> Wire:
         return self._binary(xnn.XNNAdd, a, self._use(b))
@@ -202,6 +209,11 @@ class Segment:
         else:
             scales, suffix = weight.scales, SCALES if weight.bits == 8 else ROW_SCALES
             quantization = xnn.PerChannelQuant(scale=[], channel_dim=0)
+        if not (scales.float() >= torch.finfo(torch.float32).tiny).all():
+            raise LoweringError(
+                f"{weight.name} has a scale of {scales.amin():.3g}, XNNPACK takes none of 0, below it or nearly so",
+                hint="pass --requantize",
+            )
         quantization.num_scales = weight.scales.numel()
         quantization.scale_buffer_idx = self._buffer(weight.name + suffix, _bytes(scales))
         codes = weight.codes if weight.bits == 8 else pack_int4(weight.codes) ^ NIBBLE_OFFSET

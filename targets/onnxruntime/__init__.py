@@ -12,6 +12,7 @@ from exporter.errors import UsageError
 from exporter.spec import (
     EMBEDDING,
     HEAD,
+    ROUTER,
     Activations,
     Arithmetic,
     Artifact,
@@ -26,9 +27,10 @@ from exporter.spec import (
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
     from exporter.store import StoredWeight, WeightStore
-    from targets.base import Observation, Runner, Target
+    from targets.base import Observation, Runner, SeeingRunner, Target
 
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
+VISION, VISION_DATA = "vision.onnx", "vision.onnx.data"
 
 
 class OnnxRuntimeTarget:
@@ -40,6 +42,8 @@ class OnnxRuntimeTarget:
         scheme = plan.scheme
         for name, shape in spec.weights().items():
             if plan.prefer is Prefer.PREFILL and len(shape) == 2 and name not in (EMBEDDING, HEAD):
+                if name.endswith(ROUTER):
+                    continue
                 if scheme.precision(name) is not Precision.INT8:
                     return f"under --prefer prefill the body is int8, but {name} is {scheme.precision(name)}"
                 continue  # MatMulIntegerToFloat takes any number of columns
@@ -76,10 +80,21 @@ class OnnxRuntimeTarget:
         from targets.onnxruntime.lower import lower
 
         path = out / MODEL
+        if graph.spec.images:
+            from targets.onnxruntime.images import SeeingEmitter
+
+            lower(graph, store, plan, path=path, data_name=DATA, emitter=SeeingEmitter)
+            return make_artifact(self, spec=graph.spec, plan=plan, path=path)  # onnxruntime-genai knows none such
         lower(graph, store, plan, path=path, data_name=DATA)
         config = genai_config(graph.spec, context=plan.context, filename=MODEL)
         (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return make_artifact(self, spec=graph.spec, plan=plan, path=path)
+
+    def lower_vision(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> None:
+        from targets.onnxruntime.images import VisionEmitter
+        from targets.onnxruntime.lower import lower
+
+        lower(graph, store, plan, path=out / VISION, data_name=VISION_DATA, emitter=VisionEmitter)
 
     def find(self, bundle: Path) -> Path:
         return bundle / MODEL
@@ -87,7 +102,9 @@ class OnnxRuntimeTarget:
     def read_weights(self, artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
         from targets.onnxruntime.read import read_weights
 
-        return read_weights(artifact)
+        yield from read_weights(artifact.path, artifact.spec)
+        if artifact.spec.images:
+            yield from read_weights(artifact.path.with_name(VISION), artifact.spec)
 
     def runtime(self) -> str:
         import onnxruntime
@@ -98,6 +115,11 @@ class OnnxRuntimeTarget:
         from targets.onnxruntime.runner import OnnxRuntimeRunner
 
         return OnnxRuntimeRunner(artifact, threads=threads)
+
+    def open_seeing(self, artifact: Artifact, *, threads: int, rounding: bool) -> AbstractContextManager[SeeingRunner]:
+        from targets.onnxruntime.runner import OnnxRuntimeRunner
+
+        return OnnxRuntimeRunner(artifact, threads=threads, rounding=rounding)
 
     def on(self, compute_units: str) -> Target:
         raise UsageError(f"--compute-units {compute_units}: ONNX Runtime runs it on the CPU here", hint="leave it out")
@@ -111,9 +133,9 @@ class OnnxRuntimeTarget:
     def open_structure(
         self, artifact: Artifact, *, graph: Graph, store: WeightStore, plan: Plan, scratch: Path
     ) -> AbstractContextManager[Runner]:
-        from targets.onnxruntime.runner import OnnxRuntimeRunner, without_activation_rounding
+        from targets.onnxruntime.runner import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(artifact, threads=plan.threads, model=without_activation_rounding(artifact.path))
+        return OnnxRuntimeRunner(artifact, threads=plan.threads, rounding=False)
 
     def latency_unmeasurable(self) -> str | None:
         return None

@@ -8,6 +8,7 @@ while the external data file is written.
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +18,12 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from exporter.errors import ExportError, LoweringError
-from exporter.model.graph import Constant, Graph, Value, Weight, cache_names
+from exporter.model.graph import EXPERT, Constant, Graph, Value, Weight, cache_names
+from exporter.model.ops import FLOOR, places, temperatures
 from exporter.model.rope import rope_table
 from exporter.model.static import with_static_caches
 from exporter.quantized import QuantizedTensor, pack_int4
@@ -85,6 +88,8 @@ class Emitter:
         self._nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
         self._attention_lengths: tuple[ir.Value, ir.Value] | None = None
+        self._inputs: tuple[ir.Value, ir.Value] | None = None
+        self._once: dict[Any, ir.Value] = {}
         self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self._zero_points: ir.Value | None = None
         self._packed: dict[str, tuple[Weight, ...]] = {}
@@ -100,9 +105,11 @@ class Emitter:
             f"past_{name}": _value(genai_name("past_key_values", name), cached, past_shape) for name in _flat(caches)
         }
 
+        self._inputs = input_ids, attention_mask
         self._attention_lengths = self._lengths(attention_mask)
         self._packed = self._packed_products()
-        outputs = self._graph.run(self._table(), {"ids": input_ids, **past})
+        others = self._other_inputs()
+        outputs = self._graph.run(self._table(), {"ids": input_ids, **past, **others})
 
         logits = outputs["logits"]
         logits.name, logits.dtype = "logits", FLOAT
@@ -114,14 +121,21 @@ class Emitter:
             present.name, present.dtype = genai_name("present", name), cached
             present.shape = ir.Shape(present_shape)
             presents.append(present)
+        return self._model([input_ids, attention_mask, *past.values(), *others.values()], [logits, *presents])
+
+    def _other_inputs(self) -> dict[str, ir.Value]:
+        """By our names, in the order in which the file has them."""
+        return {}
+
+    def _model(self, inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
         fuse_residual_norms(self._nodes)
         onnx_graph = ir.Graph(
-            [input_ids, attention_mask, *past.values()],
-            [logits, *presents],
+            inputs,
+            outputs,
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
             opset_imports={"": OPSET, MICROSOFT: 1},
-            name=spec.name,
+            name=self._graph.spec.name,
         )
         return ir.Model(onnx_graph, ir_version=IR_VERSION, producer_name="llama-export")
 
@@ -134,17 +148,30 @@ class Emitter:
             "mul": lambda a, b: self._op("Mul", a, b),
             "add": lambda a, b: self._op("Add", a, b),
             "attention": self._attention,
+            "head_norm": self._head_norm,
+            "temper": self._temper,
+            "route": self._route,
+            "gate": self._gate,
+            "spread": self._spread,
+            EXPERT: self._expert,
         }
 
     def _embedding(self, ids: ir.Value, weight: Weight) -> ir.Value:
         """Gather rows of codes and dequantize those alone, so that a tied head and the embedding share one tensor."""
         if not self._store.scheme.precision(weight.name).bits:
             return self._rows(ids, self._dense(weight))
-        codes, scales, bits, _ = self._codes(weight)
+        codes, scales, zeros, bits, block = self._codes(weight)
         rows = self._op("Gather", codes, ids)  # uint8 [1, T, K/b, b*bits/8]
         if bits == 4:
             rows = self._unpack_int4(rows)  # uint8 [1, T, K/b, b]
-        centred = self._op("Sub", self._to_float(rows), self._constant(float(_ZERO_POINT[bits])))
+        middle = self._constant(float(_ZERO_POINT[bits]))
+        if zeros is not None:
+            points = self._op("Unsqueeze", self._op("Gather", zeros, ids), self._constant([2]))  # uint8 [1, T, 1, z]
+            if bits == 4:
+                points = self._unpack_int4(points)
+            count = [0, 0, weight.shape[1] // block, 1]
+            middle = self._op("Reshape", self._to_float(points), self._constant(count))
+        centred = self._op("Sub", self._to_float(rows), middle)
         row_scales = self._op("Unsqueeze", self._op("Gather", scales, ids), self._constant([-1]))  # [1, T, K/b, 1]
         return self._op("Reshape", self._op("Mul", centred, row_scales), self._constant([0, 0, weight.shape[1]]))
 
@@ -174,13 +201,17 @@ class Emitter:
                 packed |= dict.fromkeys((weight.name for weight in weights), weights)
         return packed
 
-    def _kind(self, weight: Weight) -> tuple[int, int] | None:
-        """Bits and group size of a weight that is a MatMulNBits."""
+    def _kind(self, weight: Weight) -> tuple[int, int, bool] | None:
+        """Bits and group size of a weight that is a MatMulNBits, and whether it has zero points."""
         scheme = self._store.scheme
         bits = scheme.precision(weight.name).bits
         if not bits or self._multiplies_integers(weight):
             return None
-        return bits, scheme.groups(weight.name, columns=weight.shape[1])
+        return bits, scheme.groups(weight.name, columns=weight.shape[1]), self._has_zeros(weight)
+
+    def _has_zeros(self, weight: Weight) -> bool:
+        kept = self._store.scheme.kept_kind(weight.name)
+        return kept is not None and kept.zero_points
 
     def _multiplies_integers(self, weight: Weight) -> bool:
         return self._plan.prefer is Prefer.PREFILL and weight.name not in (EMBEDDING, HEAD)
@@ -196,10 +227,10 @@ class Emitter:
         if weight is not at_once[0]:
             return None
         rows = sum(one.shape[0] for one in at_once)
-        codes, scales, bits, block = self._codes(*at_once)
+        codes, scales, zeros, bits, block = self._codes(*at_once)
         return self._op(
             "MatMulNBits",
-            *(x, codes, scales),
+            *(x, codes, scales, *([] if zeros is None else [zeros])),
             domain=MICROSOFT,
             **{"N": rows, "K": columns, "bits": bits, "block_size": block, "accuracy_level": self.accuracy_level},
         )
@@ -229,12 +260,12 @@ class Emitter:
             steps = self._op("Div", largest, self._constant(127.0))
             # QuantizeLinear takes one scale per row in a vector.
             flat_steps = self._op("Reshape", steps, last)  # [B * T]
-            if self._zero_points is None:  # all tokens of a call pass every layer
+            if self._zero_points is None:  # all tokens of a call pass every layer, and all of an expert its linears
                 middle = ir.tensor(np.array([_MIDDLE]))
                 self._zero_points = self._op("ConstantOfShape", self._op("Shape", flat_steps), value=middle)
             flat_x = self._op("Reshape", x, self._constant([-1, columns]))  # [B * T, K]
             rounded = self._op("QuantizeLinear", flat_x, flat_steps, self._zero_points, axis=0)
-            self._rounded[x] = self._op("Reshape", rounded, self._op("Shape", x)), steps
+            self._rounded[x] = self._op("Reshape", rounded, self._op("Shape", x), allowzero=1), steps
         return self._rounded[x]
 
     def _rms_norm(self, x: ir.Value, weight: Weight, eps: float) -> ir.Value:
@@ -261,16 +292,13 @@ class Emitter:
     ) -> tuple[ir.Value, ...]:
         """GroupQueryAttention takes ``q`` for all three where it gets no ``k`` and ``v``. Its cache is int8 where
         scales are given (``exporter.model.static.with_static_caches``)."""
-        if chunk:
-            raise LoweringError(
-                f"GroupQueryAttention has no chunked attention (chunk {chunk})", hint="take another target"
-            )
         assert self._attention_lengths is not None  # set before the walk
         tables = self._rope_tables(inv_freq) if inv_freq else (None, None)
-        scales: tuple[ir.Value | None, ...] = ()
+        bias = self._chunk_bias(chunk) if 0 < chunk < self._plan.context else None
+        scales: tuple[ir.Value | None, ...] = (None, bias) if bias else ()
         kinds: dict[str, str | int] = {}
         if key_scales and value_scales:
-            scales = (None, None, None, self._cache_scales(key_scales), self._cache_scales(value_scales))
+            scales = (None, bias, None, self._cache_scales(key_scales), self._cache_scales(value_scales))
             kinds = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         return self._op(
             "GroupQueryAttention",
@@ -284,6 +312,88 @@ class Emitter:
             local_window_size=window or -1,
             **kinds,
         )
+
+    def _chunk_bias(self, chunk: int) -> ir.Value:
+        """What is added to the scores so that a query sees the keys of its own chunk alone: float ``[B, 1, T, S]``,
+        for all layers."""
+
+        def make() -> ir.Value:
+            _, mask = self._known_inputs()
+            size = self._constant(chunk)
+            one = self._constant(1)
+            total = self._op("Gather", self._op("Shape", mask), one)
+            theirs = self._op("Div", self._op("Range", self._constant(0), total, one), size)  # [S]
+            own = self._op("Div", self._positions(), size)  # [B, T]
+            seen = self._op("Equal", self._op("Unsqueeze", own, self._constant([1, 3])), theirs)
+            return self._op("Where", seen, self._constant(0.0), self._constant(float(np.finfo(np.float32).min)))
+
+        return self._made_once(("chunk", chunk), make)
+
+    def _positions(self) -> ir.Value:
+        """Of the tokens of the call: int64 ``[B, T]``."""
+
+        def make() -> ir.Value:
+            ids, mask = self._known_inputs()
+            zero, one = self._constant(0), self._constant(1)
+            length = self._op("Gather", self._op("Shape", ids), one)
+            first = self._op("Sub", self._op("ReduceSum", mask, self._constant([1]), keepdims=1), length)  # [B, 1]
+            return self._op("Add", first, self._op("Range", zero, length, one))
+
+        return self._made_once("positions", make)
+
+    def _known_inputs(self) -> tuple[ir.Value, ir.Value]:
+        assert self._inputs is not None  # set before the walk
+        return self._inputs
+
+    def _made_once(self, key: object, make: Callable[[], ir.Value]) -> ir.Value:
+        """What all layers need, made for the first that asks."""
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
+
+    def _head_norm(self, x: ir.Value, head_dim: int, eps: float, weight: Weight | None = None) -> ir.Value:
+        ones = f"constant.ones.{head_dim}"
+        gains = (
+            self._dense(weight) if weight else self._initializer(ones, FLOAT, (head_dim,), lambda: torch.ones(head_dim))
+        )
+        heads = self._op("Reshape", x, self._constant([0, 0, -1, head_dim]))
+        normed = self._op("SimplifiedLayerNormalization", heads, gains, axis=-1, epsilon=eps, stash_type=1)
+        return self._op("Reshape", normed, self._op("Shape", x))
+
+    def _temper(self, q: ir.Value, _past_k: ir.Value, floor_scale: int, attn_scale: float) -> ir.Value:
+        count = self._plan.context
+        if count < floor_scale:  # all are 1
+            return q
+        table = temperatures(first=0, count=count, floor_scale=floor_scale, attn_scale=attn_scale)
+        stored = self._initializer("constant.temperatures", FLOAT, (count,), lambda: table)
+
+        def make() -> ir.Value:
+            return self._op("Unsqueeze", self._op("Gather", stored, self._positions()), self._constant([2]))
+
+        return self._op("Mul", q, self._made_once("temperatures", make))
+
+    def _route(self, logits: ir.Value, count: int) -> ir.Value:
+        largest, chosen = self._op("TopK", logits, self._constant([count]), outputs=2, axis=-1)
+        none = self._op("ConstantOfShape", self._op("Shape", logits), value=ir.tensor(np.zeros(1, dtype=np.float32)))
+        return self._op("ScatterElements", none, chosen, self._op("Sigmoid", largest), axis=-1)
+
+    def _gate(self, x: ir.Value, scores: ir.Value, expert: int) -> ir.Value:
+        return self._op("Mul", x, self._op("Gather", scores, self._constant([expert]), axis=2))
+
+    def _expert(
+        self, x: ir.Value, scores: ir.Value, total: ir.Value, expert: int, inside: Callable[..., ir.Value]
+    ) -> ir.Value:
+        """Computed for the tokens that chose it: none or more of them, as rows ``[1, n, H]``. A kernel that is given no
+        rows does nothing."""
+        own = self._op("Gather", scores, self._constant(expert), axis=2)  # [B, T]
+        places = self._op("Transpose", self._op("NonZero", own), perm=[1, 0])  # [n, 2]
+        first = self._constant([0])
+        rows = (self._op("Unsqueeze", self._op("GatherND", value, places), first) for value in (x, scores, total))
+        for_all, self._zero_points = self._zero_points, None  # these are fewer tokens
+        added = inside(*rows)
+        self._zero_points = for_all
+        result: ir.Value = self._op("ScatterND", total, places, self._op("Squeeze", added, first))
+        return result
 
     def _cache_scales(self, scales: Constant) -> ir.Value:
         """float32 ``[KV * D]``"""
@@ -304,9 +414,9 @@ class Emitter:
             self._initializer(f"{inv_freq.name}.sin", FLOAT, tuple(sin.shape), lambda: sin),
         )
 
-    def _codes(self, *weights: Weight) -> tuple[ir.Value, ir.Value, int, int]:
-        """Of weights of one kind, one below the other: initializers of unsigned codes ``[N, K/b, b*bits/8]`` and scales
-        ``[N, K/b]``; bits; the block size b."""
+    def _codes(self, *weights: Weight) -> tuple[ir.Value, ir.Value, ir.Value | None, int, int]:
+        """Of weights of one kind, one below the other: initializers of unsigned codes ``[N, K/b, b*bits/8]``, scales
+        ``[N, K/b]`` and, if they have them, zero points ``[N, K/b*bits/8]``; bits; the block size b."""
         name, rows = JOINT.join(weight.name for weight in weights), sum(weight.shape[0] for weight in weights)
         columns = weights[0].shape[1]
         scheme = self._store.scheme
@@ -329,12 +439,28 @@ class Emitter:
                 group_size // block, dim=1
             ),
         )
-        return codes, scales, bits, block
+        zeros = None
+        if self._has_zeros(weights[0]):
+            zeros = self._initializer(
+                f"{name}.zeros",
+                ir.DataType.UINT8,
+                (rows, math.ceil(blocks * bits / 8)),
+                lambda: torch.cat([unsigned_zeros(self._read(weight), blocks=blocks) for weight in weights]),
+            )
+        return codes, scales, zeros, bits, block
 
     def _read(self, weight: Weight) -> QuantizedTensor:
         stored = self._store[weight.name]
         assert isinstance(stored, QuantizedTensor)  # the scheme has said so
         return stored
+
+    def _spread(self, logits: ir.Value, tokens: Constant, vocab_size: int) -> ir.Value:
+        """One column more, which all tokens are taken from that the head has no row of."""
+        wider = self._op("Pad", logits, self._constant([0, 0, 0, 0, 0, 1]), self._constant(FLOOR))
+        found = places(tokens.value, vocab_size)
+        return self._op(
+            "Gather", wider, self._initializer(f"constant.{tokens.name}", INT64, (vocab_size,), lambda: found), axis=-1
+        )
 
     def _dense(self, weight: Weight) -> ir.Value:
         def read() -> Tensor:
@@ -361,7 +487,7 @@ class Emitter:
             self._initializers[name] = value
         return self._initializers[name]
 
-    def _constant(self, content: list[int] | float | np.uint8) -> ir.Value:
+    def _constant(self, content: list[int] | int | float | np.uint8) -> ir.Value:
         """A small initializer, named after what it holds: an int64 list or scalar, a float or a byte."""
         array = np.asarray(content, dtype=np.float32 if isinstance(content, float) else None)
         name = f"constant.{array.dtype}.{'_'.join(map(str, array.ravel()))}" + (".list" if array.ndim else "")
@@ -417,6 +543,15 @@ def unsigned_codes(tensor: QuantizedTensor) -> Tensor:
     if tensor.bits == 4:
         return pack_int4(tensor.codes ^ -8)  # flips the sign bit of the nibble: -8..7 -> 0..15
     return tensor.codes.view(torch.uint8) ^ 0x80
+
+
+def unsigned_zeros(tensor: QuantizedTensor, *, blocks: int) -> Tensor:
+    """MatMulNBits' zero points, laid out like codes over so many blocks of a row: an odd one out is followed by 0."""
+    assert tensor.zeros is not None  # the scheme has said so
+    zeros = tensor.zeros.repeat_interleave(blocks // tensor.zeros.shape[1], dim=1)
+    if tensor.bits == 8:
+        return zeros.view(torch.uint8) ^ 0x80
+    return pack_int4(F.pad(zeros ^ -8, (0, blocks % 2)))
 
 
 def _flat(caches: list[tuple[str, str]]) -> list[str]:

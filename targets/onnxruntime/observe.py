@@ -99,6 +99,9 @@ class Taps:
         context = (file_node.output[0], slice(None)) if file_node else None
         return [context, *((f"present.{node.layer}.{kind}", slice(None)) for kind in ("key", "value"))]
 
+    def _padded(self, names: set[str]) -> set[str]:
+        return {node.output[0] for node in self._nodes if node.op_type == "Pad" and node.input[0] in names}
+
     def _elementwise(self, op: str, inputs: set[str]) -> str | None:
         for node in self._nodes:
             read = set(node.input)
@@ -107,6 +110,8 @@ class Taps:
             if op == "add" and node.op_type == "Add" and inputs == read:
                 return node.output[0]
             if op == "mul" and node.op_type == "Mul" and inputs == read:
+                return node.output[0]
+            if op == "spread" and node.op_type == "Gather" and read & self._padded(inputs):
                 return node.output[0]
             if op == "silu" and node.op_type == "Mul" and inputs < read:
                 (gate,) = read - inputs

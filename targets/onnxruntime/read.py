@@ -12,20 +12,28 @@ from torch import Tensor
 
 from exporter.errors import LoweringError
 from exporter.quantized import QuantizedTensor, unpack_int4
-from exporter.spec import Artifact
+from exporter.spec import ModelSpec
 from exporter.store import StoredWeight
 
-CODES, SCALES = ".codes", ".scales"
+CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"
 ROWS, ROW_SCALES = ".rows", ".row_scales"
 """Of an embedding in a graph of fixed length."""
 JOINT = "+"
 """Between the names of weights that lie one below the other."""
+TILES = "cross_attention_mask"
+"""The tiles that each token sees: an input of a decoder that sees images."""
 
 
-def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
+def image_name(name: str) -> str:
+    """``cross_k.3`` -> ``image_key_values.3.key``: an output of ``vision.onnx``, and an input of the decoder."""
+    kind, index = name.split(".")
+    return f"image_key_values.{index}.{'key' if kind == 'cross_k' else 'value'}"
+
+
+def read_weights(path: Path, spec: ModelSpec) -> Iterator[tuple[str, StoredWeight]]:
     """Every initializer that belongs to the model, each weight once; codes in MatMulNBits' blocks or, where they are
     multiplied as integers, by rows."""
-    tensors, shapes = _initializers(artifact.path), artifact.spec.weights()
+    tensors, shapes = _initializers(path), spec.weights()
     for name in tensors:
         base = name.removesuffix(CODES)
         if base != name:
@@ -38,9 +46,12 @@ def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
                 rows = [shapes[name][0] for name in names]
                 if sum(rows) != len(codes) or sum(rows) != len(scales):
                     raise ValueError(f"{base} has {len(codes)} rows of codes and {len(scales)} of scales, not {rows}")
-                for one, some, their_scales in zip(names, codes.split(rows), scales.split(rows), strict=True):
-                    yield one, _quantized(one, codes=some, scales=their_scales, columns=shapes[one][1])
-        elif not name.endswith(SCALES) and not name.startswith(("constant.", "inv_freq.")):
+                zeros = _torch(tensors[base + ZEROS]).split(rows) if base + ZEROS in tensors else [None] * len(rows)
+                for one, some, their_scales, points in zip(
+                    names, codes.split(rows), scales.split(rows), zeros, strict=True
+                ):
+                    yield one, _quantized(one, codes=some, scales=their_scales, zeros=points, columns=shapes[one][1])
+        elif not name.endswith((SCALES, ZEROS)) and not name.startswith(("constant.", "inv_freq.")):
             yield name, _torch(tensors[name])
 
 
@@ -78,8 +89,9 @@ def _initializers(path: Path) -> dict[str, ir.TensorProtocol]:
     }
 
 
-def _quantized(name: str, *, codes: Tensor, scales: Tensor, columns: int) -> QuantizedTensor:
-    """uint8 ``[N, K/b, b*bits/8]`` and float32 ``[N, K/b]`` -> the codes they stand for, in groups of b."""
+def _quantized(name: str, *, codes: Tensor, scales: Tensor, zeros: Tensor | None, columns: int) -> QuantizedTensor:
+    """uint8 ``[N, K/b, b*bits/8]``, float32 ``[N, K/b]`` and uint8 ``[N, K/b*bits/8]`` -> the codes they stand for, in
+    groups of b."""
     rows, blocks, block_bytes = codes.shape
     bits = 8 * blocks * block_bytes // columns
     packed = codes.view(rows, blocks * block_bytes)
@@ -87,9 +99,14 @@ def _quantized(name: str, *, codes: Tensor, scales: Tensor, columns: int) -> Qua
         name=name,
         bits=bits,
         group_size=columns // blocks,
-        codes=unpack_int4(packed) ^ -8 if bits == 4 else (packed ^ 0x80).view(torch.int8),
+        codes=_signed(packed, bits=bits),
         scales=scales,
+        zeros=None if zeros is None else _signed(zeros, bits=bits)[:, :blocks].contiguous(),
     )
+
+
+def _signed(packed: Tensor, *, bits: int) -> Tensor:
+    return unpack_int4(packed) ^ -8 if bits == 4 else (packed ^ 0x80).view(torch.int8)
 
 
 def _torch(tensor: ir.TensorProtocol) -> Tensor:

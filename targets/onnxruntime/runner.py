@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 import torch
 from torch import Tensor
 
 from exporter.errors import LoweringError
-from exporter.spec import Artifact, Logits, Prefer
+from exporter.model.graph import image_names
+from exporter.spec import Artifact, ImageSpec, Logits, ModelSpec, Prefer
 from targets.base import BaseRunner
+from targets.onnxruntime import VISION
+from targets.onnxruntime.read import TILES, image_name
 
 if TYPE_CHECKING:
     import onnx
@@ -30,28 +34,18 @@ anyway (include/onnxruntime/core/session/onnxruntime_session_options_config_keys
 
 
 class OnnxRuntimeRunner(BaseRunner):
-    """One session with one cache of ``[1, KV, context, D]`` per layer for keys and for values, written in place."""
+    """One session with one cache of ``[1, KV, context, D]`` per layer for keys and for values, written in place; of a
+    model that sees images a second session, once it is shown one."""
 
-    def __init__(self, artifact: Artifact, *, threads: int, model: bytes | None = None) -> None:
-        """``model``: the serialized graph to run in place of the file's, on the weights that lie beside it."""
+    def __init__(self, artifact: Artifact, *, threads: int, rounding: bool = True) -> None:
+        """``rounding``: whether activations are rounded, as the file says."""
         super().__init__(artifact)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        if artifact.prefer is Prefer.PREFILL and saturates():
-            options.add_session_config_entry(EXACT_PRODUCTS, "1")
-        folder_key = "session.model_external_initializers_file_folder_path"
+        self._threads, self._rounding = threads, rounding
         started = time.perf_counter()
-        try:
-            if model is not None:
-                options.add_session_config_entry(folder_key, str(artifact.path.parent))
-            source: bytes | str = model if model is not None else str(artifact.path)
-            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises a class of its own for each status code, without a common base
-            raise LoweringError(
-                f"ONNX Runtime cannot load {artifact.path.name}: {error}", hint="export the model again"
-            ) from error
+        self._session = self._load(artifact.path)
         self.load_s = time.perf_counter() - started
         spec = artifact.spec
+        self._images = ShownImages(spec, spec.images) if spec.images else None
         shape = (1, spec.num_key_value_heads, artifact.context, spec.head_dim)
         kept_as = {given.name: _CACHED[given.type] for given in self._session.get_inputs() if given.type in _CACHED}
         self._caches = {
@@ -62,7 +56,36 @@ class OnnxRuntimeRunner(BaseRunner):
             for kind in ("key", "value")
         }
 
-    def feed(self, ids: Sequence[int]) -> Tensor:
+    def _load(self, path: Path) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = self._threads, 1
+        if self._artifact.prefer is Prefer.PREFILL and saturates():
+            options.add_session_config_entry(EXACT_PRODUCTS, "1")
+        folder_key = "session.model_external_initializers_file_folder_path"
+        try:
+            source: bytes | str = str(path)
+            if not self._rounding:
+                options.add_session_config_entry(folder_key, str(path.parent))
+                source = without_activation_rounding(path)
+            return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises a class of its own for each status code, without a common base
+            raise LoweringError(
+                f"ONNX Runtime cannot load {path.name}: {error}", hint="export the model again"
+            ) from error
+
+    def look(self, image: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """As ``targets.base.SeeingRunner``."""
+        images = self._images
+        assert images is not None  # who shows an image has looked at the spec
+        session = self._load(self._artifact.path.with_name(VISION))
+        inputs = {name: value.numpy() for name, value in image.items()}
+        try:
+            found = session.run(None, inputs)
+        except Exception as error:  # see above
+            raise LoweringError(f"ONNX Runtime failed at an image: {error}", hint="export the model again") from error
+        return images.show(dict(zip((given.name for given in session.get_outputs()), found, strict=True)))
+
+    def feed(self, ids: Sequence[int], *, tiles: Tensor | None = None) -> Tensor:
         self._check_feed(ids)
         total = self._position + len(ids)
         rows = 1 if self._artifact.logits is Logits.LAST else len(ids)
@@ -73,6 +96,9 @@ class OnnxRuntimeRunner(BaseRunner):
         for (layer, kind), cache in self._caches.items():
             binding.bind_ortvalue_input(f"past_key_values.{layer}.{kind}", cache)
             binding.bind_ortvalue_output(f"present.{layer}.{kind}", cache)
+        if self._images:
+            for name, array in self._images.inputs(tiles, length=len(ids)).items():
+                binding.bind_cpu_input(name, array)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         started = time.perf_counter()
         try:
@@ -84,7 +110,31 @@ class OnnxRuntimeRunner(BaseRunner):
         return torch.from_numpy(logits)[0]
 
     def close(self) -> None:
-        del self._session, self._caches
+        del self._session, self._caches, self._images
+
+
+class ShownImages:
+    """What a decoder is given of images (``targets.onnxruntime.images.SeeingEmitter``)."""
+
+    def __init__(self, spec: ModelSpec, images: ImageSpec) -> None:
+        count = len(images.cross_attention_layers)
+        self._names = {image_name(name): name for names in image_names(count) for name in names}
+        self._states = dict.fromkeys(
+            self._names, np.zeros((1, spec.num_key_value_heads, 1, spec.head_dim), dtype=np.float32)
+        )
+        self._of_one, self._shown = images.max_num_tiles, 0
+
+    def show(self, states: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
+        """The keys and values of one more image, by the names of the file; the same by ours."""
+        kept = self._states if self._shown else {name: array[:, :, :0] for name, array in self._states.items()}
+        self._states = {name: np.concatenate([kept[name], states[name]], axis=2) for name in self._states}
+        self._shown += 1
+        return {ours: torch.from_numpy(states[name]) for name, ours in self._names.items()}
+
+    def inputs(self, tiles: Tensor | None, *, length: int) -> dict[str, npt.NDArray[Any]]:
+        count = self._of_one * self._shown or 1
+        seen = np.zeros((length, count), dtype=bool) if tiles is None else tiles.numpy()
+        return {TILES: seen[None], **self._states}
 
 
 @functools.cache
@@ -120,8 +170,8 @@ def without_activation_rounding(path: Path) -> bytes:
     return model.SerializeToString()
 
 
-_BEFORE_CACHE_SCALES = 9
-"""Inputs of a GroupQueryAttention up to the tables of the rotary embedding: all that ours has besides scales."""
+_BEFORE_CACHE_SCALES = 12
+"""Inputs of a GroupQueryAttention up to the bias of its scores: all that ours has besides scales."""
 
 
 def _unrounded(node: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -140,6 +190,8 @@ def _unrounded(node: onnx.NodeProto) -> list[onnx.NodeProto]:
             del node.attribute[:]
             node.attribute.extend(kept)
             del node.input[_BEFORE_CACHE_SCALES:]
+            while not node.input[-1]:
+                del node.input[-1]
             return [node]
         case "QuantizeLinear":
             x, scales, _ = node.input  # [B * T, K], [B * T]

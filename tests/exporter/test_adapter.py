@@ -131,8 +131,8 @@ def test_alpha_alone_makes_another_model(make_toy: Callable[..., Toy], tmp_path:
         ({"use_dora": True}, "use_dora is True; known: False"),
         ({"bias": "all"}, "bias is 'all'; known: none"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
-        ({"r": 0}, "r is 0, a positive number was expected"),
-        ({"lora_alpha": None}, "lora_alpha is None, a positive number was expected"),
+        ({"r": 0}, "r is 0, a positive integer was expected"),
+        ({"lora_alpha": None}, "lora_alpha is missing, a positive number was expected"),
         ({"r": 8}, "q_proj.lora_A has shape [4, 64], the checkpoint wants [8, 64]"),
     ],
 )

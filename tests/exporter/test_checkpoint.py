@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from exporter.checkpoint import open_checkpoint
 from exporter.errors import InputError
 from exporter.spec import RopeKind
-from tests.conftest import Toy, write_toy
+from tests.conftest import Toy
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
@@ -88,7 +84,7 @@ def test_both_spellings_at_once_are_refused(make_toy: Callable[..., Toy]) -> Non
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; known: silu"),
         ({"attention_bias": True}, "attention_bias is True"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "known: gptq, awq, compressed-tensors"),
         ({"hidden_size": "64"}, "hidden_size is '64', a positive integer"),
         ({"vocab_size": None}, "vocab_size is missing"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be divisible by num_key_value_heads \(3\)"),
@@ -179,7 +175,7 @@ def test_integer_weights_are_refused_with_their_dtype(make_toy: Callable[..., To
     tensors = load_file(file)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int32)
     save_file(tensors, file)
-    with pytest.raises(InputError, match="dtype I32; known: F32, F16, BF16"):
+    with pytest.raises(InputError, match="dtype int32; known: F32, F16, BF16"):
         open_checkpoint(toy.folder)
 
 
@@ -306,32 +302,3 @@ def test_pickles_of_before_zip_are_refused(make_toy: Callable[..., Toy]) -> None
     torch.save(tensors, toy.folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     with pytest.raises(InputError, match=r"is no file of torch.save in its present form"):
         open_checkpoint(toy.folder)
-
-
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    kept=st.floats(0, 1) | st.just(1.0),
-    flips=st.lists(st.tuples(st.integers(0, 2**31), st.integers(0, 7)), max_size=4),
-)
-def test_damaged_pickles_are_read_right_or_refused(
-    kept: float, flips: list[tuple[int, int]], pickled_folder: Path
-) -> None:
-    """Cut off, or with bits flipped: what torch reads then has the shapes of the model, or an InputError tells."""
-    folder = pickled_folder
-    content = bytearray(folder.with_name("sound.bin").read_bytes())
-    for place, bit in flips:
-        content[place % len(content)] ^= 1 << bit
-    (folder / "pytorch_model.bin").unlink()  # an earlier one may still be mapped
-    (folder / "pytorch_model.bin").write_bytes(content[: round(kept * len(content))])
-    with suppress(InputError):
-        checkpoint = open_checkpoint(folder)
-        for name, shape in checkpoint.spec.weights().items():
-            assert tuple(checkpoint.read(name).shape) == shape
-
-
-@pytest.fixture(scope="module")
-def pickled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    toy = write_toy(tmp_path_factory.mktemp("broken") / "toy")
-    pickled(toy)
-    shutil.copyfile(toy.folder / "pytorch_model.bin", toy.folder.with_name("sound.bin"))
-    return toy.folder

@@ -397,7 +397,7 @@ def test_what_nobody_foresaw_is_a_sentence_too(
         raise raised
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(pipeline, "trace", fail)
+    monkeypatch.setattr(pipeline, "trace_program", fail)
     result = run(complete_toy.folder, "-t", "onnxruntime", "-o", tmp_path / "out")
     assert_refused(result, code=code, says=says)
     kept = [file.read_text() for file in tmp_path.glob("llama-export-*.txt")]
@@ -486,7 +486,7 @@ def test_targets_lists_every_backend_with_what_this_host_can_do_for_it() -> None
 STANDINGS = {
     "executed here": {
         *("executorch", "executorch-portable", "onnxruntime", "onnxruntime-qnn", "onnxruntime-webgpu"),
-        *("onnxruntime-wasm", "coreml", "coreml-ane"),
+        *("onnxruntime-wasm", "coreml", "coreml-ane", "gguf"),
     },
     "lowered and audited": {
         *("executorch-coreml", "executorch-vulkan", "executorch-mps", "executorch-arm"),

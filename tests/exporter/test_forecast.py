@@ -113,7 +113,7 @@ def test_the_cache_is_counted_as_the_target_keeps_it(label: str) -> None:
     kept_as = targets.load(label).arithmetic(scheme).kv_dtype
     numbers = 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * 2048
     assert cache.size_bytes == numbers * {"fp32": 4, "fp16": 2}[kept_as]
-    assert (kept_as == "fp16") == (label in ("coreml", "coreml-ane", "executorch-coreml", "onnxruntime-qnn"))
+    assert (kept_as == "fp16") == (label in ("coreml", "coreml-ane", "executorch-coreml", "onnxruntime-qnn", "gguf"))
 
 
 def test_prefill_preferred_has_a_scale_for_each_row() -> None:
@@ -233,7 +233,7 @@ def test_plan_ends_with_5_where_it_does_not_fit(checkpoint: Path) -> None:
 
 def test_plan_needs_neither_device_nor_target(checkpoint: Path) -> None:
     found = json.loads(run("plan", checkpoint, "--json").stdout)
-    assert [forecast["target"] for forecast in found["forecasts"]] == list(targets.NAMES)
+    assert [forecast["target"] for forecast in found["forecasts"]] == list(targets.COMPILED)
     assert {forecast["memory"]["fits"] for forecast in found["forecasts"]} == {None}
 
 

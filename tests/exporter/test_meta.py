@@ -598,3 +598,43 @@ def test_a_folder_of_metas_is_exported_and_proven(
     assert (bundle / "LICENSE").read_text() == "terms"
     done = CliRunner().invoke(app, ["validate", str(bundle), "--against", str(folder), "--store", store])
     assert done.exit_code == 0, done.output
+
+
+@pytest.fixture(scope="module")
+def all_ranks() -> dict[bytes, int]:
+    """As many as Llama 3 has: bytes, then pairs and triples of what can be typed, then four letters; each comes of two
+    that are there before it."""
+    typed = [bytes([byte]) for byte in range(32, 127)]
+    letters = [bytes([byte]) for byte in b"abcdefghijklmnopqrstuvwxyz"]
+    pairs = [left + right for left in typed for right in typed]
+    triples = [pair + letter for pair in pairs for letter in letters[:10]]
+    longer = [triple + letter for triple in triples for letter in letters]
+    tokens = [bytes([byte]) for byte in range(256)] + pairs + triples + longer
+    return {token: rank for rank, token in enumerate(tokens[:128_000])}
+
+
+@pytest.mark.slow
+@pytest.mark.toolchain
+@pytest.mark.parametrize("target", ["executorch", "onnxruntime", "coreml", "gguf"])
+def test_a_vocabulary_of_llama3s_size_works_end_to_end(
+    target: str, all_ranks: dict[bytes, int], make_toy: Callable[..., Toy], tmp_path: Path
+) -> None:
+    """Export and proofs, then a chat of special tokens by the bundle alone: 128,256 ids, the last of them used."""
+    import tiktoken
+
+    toy = make_toy(vocab_size=128_256, tie_word_embeddings=False)
+    folder = write_meta(toy, tmp_path / "meta", vocab_size=-1)
+    (folder / "tokenizer.model").write_bytes(in_lines(all_ranks))
+    words = [str(folder), "-t", target, "-p", "fp16", "--context", "64"]
+    done = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "out"), "--store", str(tmp_path / "store")])
+    assert done.exit_code == 0, done.output
+    bundle = tmp_path / "out" / target
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert {manifest[verdict]["verdict"] for verdict in ("codes", "parity")} == {"passed"}, manifest["parity"]
+    assert manifest["model"]["vocab_size"] == 128_256
+    special = {token: len(all_ranks) + index for index, token in enumerate(SPECIAL_TOKENS)}
+    original = tiktoken.Encoding("llama3", pat_str=PATTERN, mergeable_ranks=all_ranks, special_tokens=special)
+    text = "<|start_header_id|>user<|end_header_id|>\n\nThe 1984 naïve 👍<|eot_id|><|reserved_special_token_247|>"
+    ids = Tokenizer(bundle).encode(text)
+    assert ids == [128_000, *original.encode(text, allowed_special="all")]
+    assert ids[-1] == 128_255

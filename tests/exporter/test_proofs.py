@@ -202,6 +202,11 @@ def test_gates_follow_the_floor_unless_the_target_computes_in_fp16() -> None:
     half = Gate(mean_kl_nats=1e-4, worst_kl_nats=1e-3, decided_top1_agreement=0.995)
     assert gate(arithmetic("fp16"), floor=floor, decided=400) == half
     assert gate(arithmetic("fp32", "fp16"), floor=floor, decided=400) == half
+    high = Floor(mean_kl_nats=2e-4, worst_kl_nats=5e-2)
+    assert gate(arithmetic("fp16"), floor=high, decided=400) == half
+    assert gate(arithmetic("fp16"), floor=floor, decided=400, routed=True) == half
+    routed = gate(arithmetic("fp16"), floor=high, decided=400, routed=True)
+    assert (routed.mean_kl_nats, routed.worst_kl_nats) == (pytest.approx(2e-3), pytest.approx(0.5))
 
 
 @pytest.mark.parametrize(("decided", "missed"), [(40, 0), (99, 0), (100, 1), (191, 1), (299, 1), (400, 2)])

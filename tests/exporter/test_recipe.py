@@ -30,6 +30,7 @@ CHOICES: dict[str, Choices] = {
     },
     "budget": {"target": "coreml", "budget_mb": 2.25, "logits": "all", "eval_text": "held-out.txt"},
     "divergence": {"target": "coreml", "max_kl": 0.01, "method": "awq"},
+    "pruned head": {"target": "onnxruntime", "head_tokens": [2041, 7, 2044]},
     "palettes on a system": {"target": "coreml-ane", "precision": "lut4", "os": "ios18"},
     "int8, smoothed": {"target": "executorch", "precision": "int8", "method": "smoothquant"},
 }

@@ -74,7 +74,7 @@ def test_a_target_that_the_system_does_not_run_is_refused(command: list[str], tm
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2
     assert "target coreml does not run on --os iOS 17, it needs iOS 18 or later" in result.stderr
-    assert "hint: take --target executorch or onnxruntime, or a newer --os" in result.stderr
+    assert "hint: take --target executorch or onnxruntime or gguf, or a newer --os" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -477,7 +477,7 @@ def test_a_template_may_refuse_and_tell_the_day(sample: Any, bundle: Path, tmp_p
 
 
 def test_the_notebook_of_the_readme_runs(bundle: Path, tmp_path: Path) -> None:
-    (program,) = re.findall(r"^```python\n(.*?)^```", (SAMPLE / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    program, *_ = re.findall(r"^```python\n(.*?)^```", (SAMPLE / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "onnxruntime").symlink_to(bundle)
     environment = {**os.environ, "PYTHONPATH": str(SAMPLE)}

@@ -487,7 +487,7 @@ def test_a_tile_of_the_wrong_shape_is_caught(int4: Exported, tmp_path: Path) -> 
 
 
 @pytest.mark.toolchain
-@pytest.mark.parametrize(("position", "name", "value"), [(8, "scale", 0.5), (9, "window", 16), (10, "chunk", 8)])
+@pytest.mark.parametrize(("position", "name", "value"), [(8, "scale", 0.5), (9, "window", 16)])
 def test_attention_that_core_ml_cannot_do_is_refused_by_name(
     int4: Exported, position: int, name: str, value: float, tmp_path: Path
 ) -> None:

@@ -48,6 +48,15 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         ("gather", {"x": random(rows, 6), "indices": np.array([ids], dtype=np.int32), "axis": 0})
         for rows, ids in ((4, [0, 3, 3]), (9, [8]))
     ),
+    *(
+        (op, {"x": random(*shape), "axes": ints(*axes), "keep_dims": keep})
+        for op in ("reduce_max", "reduce_min")
+        for shape, axes, keep in (((1, 5, 8), (-1,), True), ((1, 3, 1), (0, 1, 2), False))
+    ),
+    *((op, {"x": random(1, 3, 4), "y": random(1, 3, 1)}) for op in ("greater", "greater_equal")),
+    ("greater_equal", {"x": ints(3, 0, -2), "y": ints(3, 1, -2)}),
+    ("sigmoid", {"x": 4 * random(1, 3, 5)}),
+    *(("topk", {"x": random(1, 3, 9), "k": count, "axis": -1}) for count in (1, 4)),
     ("equal", {"x": ints(3, 0, -2), "y": ints(3, 1, -2)}),
     ("equal", {"x": ints(3, 0), "y": np.int32(0)}),
     ("gather", {"x": random(5, 6, 1, 1), "indices": np.array([[4, 0]], dtype=np.int32), "axis": 0}),
@@ -91,6 +100,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *(("reshape", {"x": random(*s), "shape": ints(*to)}) for s, to in (((2, 3, 4), (6, -1)), ((1, 6), (1, 2, 3)))),
     *(("expand_dims", {"x": random(2, 3), "axes": ints(axis)}) for axis in (0, 1, -1)),
     *(("squeeze", {"x": random(*s), "axes": ints(axis)}) for s, axis in (((1, 2, 3), 0), ((2, 1, 3), 1))),
+    *(
+        ("pad", {"x": random(2, 3), "pad": ints(*places), "mode": "constant", "constant_val": np.float32(-4096)})
+        for places in ((0, 1), (2, 0))
+    ),
 ]
 
 
@@ -127,10 +140,17 @@ def in_a_program(emit: Callable[[], None]) -> None:
 def defaults(op: str) -> dict[str, Any]:
     """Arguments that the builder adds by itself."""
     false, zero = torch.tensor(False), torch.tensor(0)
-    return {"concat": {"interleave": false}, "gather": {"batch_dims": zero, "validate_indices": false}}.get(op, {})
+    added = {
+        "concat": {"interleave": false},
+        "gather": {"batch_dims": zero, "validate_indices": false},
+        "topk": {"ascending": false, "sort": ~false, "return_indices": ~false},
+    }
+    return added.get(op, {})
 
 
 def as_tensor(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
     return [as_tensor(item) for item in value] if isinstance(value, list) else torch.from_numpy(np.asarray(value))
 
 
@@ -226,7 +246,7 @@ def test_a_slice_beyond_the_end_is_refused() -> None:
 
 
 def test_a_token_outside_of_the_vocabulary_is_refused() -> None:
-    with pytest.raises(ValueError, match="outside of 4 rows"):
+    with pytest.raises(ValueError, match="indices 1 to 4 are outside of 4"):
         OPS["gather"](x=torch.zeros(4, 2), indices=torch.tensor([[1, 4]]), axis=torch.tensor(0), **defaults("gather"))
 
 
@@ -235,25 +255,36 @@ def test_a_state_of_another_shape_is_not_written() -> None:
         OPS["write_state"](input=State((3,)), data=torch.zeros(2))
 
 
+@pytest.mark.parametrize("offsets", [False, True])
 @pytest.mark.parametrize(
     ("bits", "rows", "columns", "groups"), [(4, 8, 64, 2), (4, 3, 128, 1), (8, 5, 32, 1), (8, 2, 64, 4)]
 )
 def test_codes_are_decompressed_bit_for_bit_as_coremltools_does(
-    bits: int, rows: int, columns: int, groups: int
+    bits: int, rows: int, columns: int, groups: int, offsets: bool
 ) -> None:
     generator = torch.Generator().manual_seed(bits + rows)
     limit = 1 << (bits - 1)
     codes = torch.randint(-limit, limit, (rows, columns), generator=generator).to(torch.int8)
     scales = (torch.rand(rows, groups, generator=generator) * 0.1 + 1e-4).half()
+    parts = {"data": codes}
+    if offsets:
+        parts["offset"] = torch.randint(-limit, limit, (rows, groups), generator=generator).to(torch.int8)
     wanted: list[np.ndarray] = []
 
     def emit() -> None:
-        data = codes.numpy().astype(types.nptype_from_builtin(types.int4)) if bits == 4 else codes.numpy()
-        variable = mb.constexpr_blockwise_shift_scale(data=data, scale=scales.numpy())
+        dtype = types.nptype_from_builtin(types.int4 if bits == 4 else types.int8)
+        arrays = {name: part.numpy().astype(dtype) for name, part in parts.items()}
+        variable = mb.constexpr_blockwise_shift_scale(**arrays, scale=scales.numpy())
         wanted.append(variable.op.materialized_val_inference())
 
     in_a_program(emit)
-    assert torch.equal(decompress(data=codes, scale=scales).half(), torch.from_numpy(wanted[0]))
+    assert torch.equal(decompress(**parts, scale=scales).half(), torch.from_numpy(wanted[0]))
+
+
+def test_offsets_of_another_shape_than_scales_are_refused() -> None:
+    codes, scales = torch.zeros(2, 32, dtype=torch.int8), torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"offsets \[2, 1\] and scales \[2, 2\] differ"):
+        decompress(data=codes, scale=scales, offset=torch.zeros(2, 1, dtype=torch.int8))
 
 
 @pytest.mark.parametrize(
@@ -326,6 +357,53 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             inputs=[ct.TensorType("x", shape=(1, ct.RangeDim(1, 4, default=1), 16), dtype=np.float16)],
         )
     return path
+
+
+@pytest.fixture(scope="module")
+def branching(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """x float16 [1, T, 16] -> x times weights that lie outside of the branch, where any of x is above 1; else x."""
+    path: Path = tmp_path_factory.mktemp("mil") / "branch.mlpackage"
+    with quiet(), without_progress_bars():
+
+        @mb.program(input_specs=[mb.TensorSpec((1, get_new_symbol(), 16), types.fp16)], opset_version=ct.target.iOS18)
+        def program(x: Any) -> Any:
+            weight = mb.const(val=np.eye(16, dtype=np.float16)[::-1].copy(), name="weight")
+            largest = mb.reduce_max(x=x, axes=[0, 1, 2], keep_dims=False)
+            return mb.cond(
+                pred=mb.greater(x=largest, y=np.float16(1)),
+                _true_fn=lambda: mb.mul(x=mb.linear(x=x, weight=weight), y=np.float16(2)),
+                _false_fn=lambda: mb.identity(x=x),
+                name="y",
+            )
+
+        ct.convert(
+            program,
+            convert_to="mlprogram",
+            minimum_deployment_target=ct.target.iOS18,
+            compute_precision=ct.precision.FLOAT32,
+            pass_pipeline=ct.PassPipeline.EMPTY,
+            skip_model_load=True,
+            package_dir=str(path),
+            inputs=[ct.TensorType("x", shape=(1, ct.RangeDim(1, 4, default=1), 16), dtype=np.float16)],
+        )
+    return path
+
+
+def test_of_two_branches_the_one_is_computed_that_the_predicate_says(branching: Path) -> None:
+    evaluate = Evaluator(branching, rounding=Rounding.NONE)
+    x = torch.linspace(-3, 0.5, 32).view(1, 2, 16)
+    assert torch.equal(evaluate({"x": x})["y"], x)
+    assert torch.equal(evaluate({"x": x + 1})["y"], 2 * (x + 1).flip(-1))
+
+
+def test_an_unknown_op_inside_of_a_branch_is_named(branching: Path, tmp_path: Path) -> None:
+    def rename(operation: Any) -> None:
+        for block in operation.blocks:
+            for inner in block.operations:
+                inner.type = "einsum" if inner.type == "linear" else inner.type
+
+    with pytest.raises(LoweringError, match=r"MIL op 'einsum' .* is not one that the evaluator knows"):
+        Evaluator(tampered(branching, tmp_path, rename), rounding=Rounding.NONE)
 
 
 def tampered(saved: Path, folder: Path, change: Callable[[Any], None]) -> Path:

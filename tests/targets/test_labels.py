@@ -42,7 +42,7 @@ def test_a_default_backend_may_be_told() -> None:
 @pytest.mark.parametrize(
     ("label", "says"),
     [
-        ("tflite", "unknown target 'tflite'; known: executorch, onnxruntime, coreml, all"),
+        ("tflite", "unknown target 'tflite'; known: executorch, onnxruntime, coreml, gguf, all"),
         ("coreml-tpu", "target coreml has no backend 'tpu'; known: gpu, ane"),
         ("coremlane", "unknown target 'coremlane'"),
     ],
@@ -59,6 +59,11 @@ def test_backends_hold_for_the_targets_that_have_them() -> None:
     assert labels("executorch", "xnnpack,portable") == ("executorch", "executorch-portable")
     assert labels("executorch-portable,onnxruntime", "coreml") == ("executorch-portable", "onnxruntime-coreml")
     assert labels("executorch,executorch-xnnpack") == ("executorch",)
+
+
+def test_all_are_the_compiled_targets_and_gguf_comes_by_its_name() -> None:
+    assert labels("all") == ("executorch", "onnxruntime", "coreml")
+    assert "gguf" in targets.NAMES
 
 
 def test_a_backend_of_no_named_target_is_refused() -> None:

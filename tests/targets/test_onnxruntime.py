@@ -366,25 +366,20 @@ def test_logits_for_all_positions_end_in_those_for_the_last(
     assert torch.allclose(got_one[0], got_many[-1], atol=1e-5)
 
 
-def test_a_window_means_what_the_op_says(make_toy: Callable[..., Toy], make_plan: Callable[..., Plan]) -> None:
+@pytest.mark.parametrize("part", [{"window": 9}, {"chunk": 8}])
+def test_a_window_or_chunk_means_what_the_op_says(
+    make_toy: Callable[..., Toy], make_plan: Callable[..., Plan], part: dict[str, int]
+) -> None:
     toy = make_toy()
     plan = make_plan(toy.folder, precision="fp32")
     graph = trace(open_checkpoint(toy.folder).spec)
-    windowed = dataclasses.replace(graph, nodes=tuple(with_attention(node, window=9) for node in graph.nodes))
+    windowed = dataclasses.replace(graph, nodes=tuple(with_attention(node, **part) for node in graph.nodes))
     artifact, _, store = lower(toy.folder, plan, graph=windowed)
     expected = all_at_once(Reference(windowed, store, FULL_PRECISION), STEPS)
     plain = all_at_once(Reference(graph, store, FULL_PRECISION), STEPS)
     with TARGET.open(artifact, threads=1) as runner:
         assert (drive(runner, STEPS) - expected).abs().max() <= 1e-4
     assert (plain - expected).abs().max() > 0.01
-
-
-def test_a_chunk_is_refused_by_name(make_toy: Callable[..., Toy], make_plan: Callable[..., Plan]) -> None:
-    toy = make_toy()
-    graph = trace(open_checkpoint(toy.folder).spec)
-    chunked = dataclasses.replace(graph, nodes=tuple(with_attention(node, chunk=8) for node in graph.nodes))
-    with pytest.raises(LoweringError, match=r"no chunked attention \(chunk 8\)"):
-        lower(toy.folder, make_plan(toy.folder), graph=chunked)
 
 
 def with_attention(node: Any, *, window: int = 0, chunk: int = 0) -> Any:

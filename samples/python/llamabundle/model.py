@@ -10,6 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from llamabundle.bundle import CACHES, Bundle, BundleError
+from llamabundle.images import Images
 
 PROVIDER = "CPUExecutionProvider"
 
@@ -18,6 +19,7 @@ class Model:
     """One session, and the keys and values of the ``held`` tokens in ``[1, KV, context, D]`` for each layer.
 
     What lies in the cache beyond the held tokens is never looked at, so going back is a matter of their number alone.
+    ``images.show`` takes pictures (of Pillow), where the model sees any; a text that is fed has a token for each.
     Raises BundleError where ONNX Runtime does not load the file.
     """
 
@@ -47,6 +49,8 @@ class Model:
             for kind in ("key", "value")
         }
 
+        self.images = Images(bundle, threads=threads) if "images" in spec else None
+
     @property
     def runtime(self) -> str:
         return f"onnxruntime {ort.__version__}, {PROVIDER}"
@@ -74,6 +78,8 @@ class Model:
         for name, cache in self._caches.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
             binding.bind_ortvalue_output(f"present.{name}", cache)
+        for name, array in (self.images.inputs(self.held, ids) if self.images else {}).items():
+            binding.bind_cpu_input(name, array)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
         self.held += ids
