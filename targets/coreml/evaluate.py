@@ -324,13 +324,20 @@ def _matmul(*, x: Tensor, y: Tensor, transpose_x: Tensor, transpose_y: Tensor) -
     return (x.mT if transpose_x else x) @ (y.mT if transpose_y else y)
 
 
-def _layer_norm(*, x: Tensor, axes: Tensor, gamma: Tensor, epsilon: Tensor) -> Tensor:
-    """Over one axis, without an offset; computed whole before its result is rounded."""
+def _layer_norm(*, x: Tensor, axes: Tensor, gamma: Tensor, beta: Tensor | None = None, epsilon: Tensor) -> Tensor:
+    """Over one axis; computed whole before its result is rounded."""
     (axis,) = axes.tolist()
-    if gamma.shape != (x.shape[axis],):
-        raise ValueError(f"gains {list(gamma.shape)} do not fit axis {axis} of {list(x.shape)}")
+    for what, vector in (("gains", gamma), ("offsets", beta)):
+        if vector is not None and vector.shape != (x.shape[axis],):
+            raise ValueError(f"{what} {list(vector.shape)} do not fit axis {axis} of {list(x.shape)}")
     last = x.movedim(axis, -1)
-    return F.layer_norm(last, last.shape[-1:], weight=gamma, eps=float(epsilon)).movedim(-1, axis)
+    return F.layer_norm(last, last.shape[-1:], weight=gamma, bias=beta, eps=float(epsilon)).movedim(-1, axis)
+
+
+def _gelu(*, x: Tensor, mode: str) -> Tensor:
+    if mode != "EXACT":
+        raise ValueError(f"gelu of mode {mode}, EXACT was expected")
+    return F.gelu(x)
 
 
 def _cast(*, x: Tensor, dtype: str) -> Tensor:
@@ -507,6 +514,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "equal": _elementwise(torch.eq),
     "expand_dims": _expand_dims,
     "gather": _gather,
+    "gelu": _gelu,
     "greater": _elementwise(torch.gt),
     "greater_equal": _elementwise(torch.ge),
     "identity": lambda *, x: x,
@@ -534,6 +542,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "square": lambda *, x: x * x,
     "squeeze": _squeeze,
     "sub": _elementwise(torch.sub),
+    "tanh": lambda *, x: x.tanh(),
     "tile": lambda *, x, reps: x.repeat(reps.tolist()),
     "topk": _topk,
     "transpose": lambda *, x, perm: x.permute(perm.tolist()),
