@@ -33,6 +33,9 @@ BLOCK_BYTES = 64 << 20
 
 _FLOATS = (MilType.FLOAT16, MilType.FLOAT32)
 _NARROW = (MilType.UINT16, MilType.INT16)
+_MOST_DIMENSIONS = 5
+"""Of a value, but for constants that are decoded: coremltools' pass ``expand_high_rank_reshape_and_transpose`` is there
+because Core ML knows no others."""
 _FREE = {"layer_norm": ("gamma", "beta", "epsilon")}
 """Arguments that may be of another float type than the op's first (iOS 17's ``layer_norm``: type domains T and U)."""
 
@@ -478,12 +481,18 @@ def _last_uses(operations: Sequence[Any], *, keep: set[str]) -> list[list[str]]:
 
 
 def _refuse_what_core_ml_would(package: Package) -> None:
-    """Raises LoweringError for an op outside the table, and for one that mixes float types: no MIL op converts them."""
+    """Raises LoweringError for an op outside the table, one whose result has too many dimensions, and one that mixes
+    float types: none converts them."""
     floats = {value.name: value.type.tensorType.dataType for value in package.inputs if not _is_state(value)}
     for operation in _everywhere(package.operations):
         if operation.type not in ("const", *CODED, *OPS, BRANCH):
             raise _fault(f"MIL op {_describe(operation)} is not one that the evaluator knows: {', '.join(OPS)}")
         floats |= {value.name: value.type.tensorType.dataType for value in operation.outputs}
+        rank = max((len(value.type.tensorType.dimensions) for value in operation.outputs), default=0)
+        if rank > _MOST_DIMENSIONS:
+            raise _fault(
+                f"MIL op {_describe(operation)} has {rank} dimensions, Core ML takes {_MOST_DIMENSIONS} at most"
+            )
         if operation.type == "gather" and any(floats.get(name) in _NARROW for name in _names(operation)):
             raise _fault(f"MIL op {_describe(operation)} looks up rows by 16-bit numbers: they end at 65,535")
         if operation.type == BRANCH:
