@@ -121,6 +121,28 @@ def test_nothing_leaves_the_range_of_float16(made: Made, tiles: int) -> None:
         given[made.artifact.path] |= {name: values[name] for name in Package(path).outputs}
 
 
+def test_nothing_is_added_to_the_scores_of_a_token_that_sees_no_tile(made: Made) -> None:
+    """It looks at all of them: the same number for each would be as good, but for what float16 leaves of a score."""
+    from targets.coreml.evaluate import Evaluator, Rounding
+    from targets.coreml.package import Package
+    from targets.coreml.runner import causal_mask
+
+    tiles = scene(3).tiles
+    features = {
+        "inputIds": torch.tensor([[5] * 30], dtype=torch.int32),
+        "causalMask": causal_mask(0, 30).float(),
+        "crossAttentionMask": tiles[None].float(),
+        **{f"image{kind}_{index}": torch.zeros(2, 4, STATES, 16) for kind in ("Key", "Value") for index in (0, 1)},
+    }
+    attentions = [o for o in Package(made.artifact.path).operations if o.type == "scaled_dot_product_attention"]
+    masks = [attention.inputs["attn_mask"].arguments[0].name for attention in attentions]
+    values = Evaluator(made.artifact.path, rounding=Rounding.FP16)(features, watched=masks)
+    (mask,) = (values[name] for name in set(masks) if values[name].shape[-1] == 4 * STATES)
+    heads = mask.view(2, 30, 4, STATES)  # the queries that share a key, one behind the other
+    wanted = torch.where(tiles | ~tiles.any(dim=1, keepdim=True), 0.0, -3e4)
+    assert torch.equal(heads, wanted[None, ..., None].expand_as(heads))
+
+
 def test_a_fifth_image_is_refused_before_it_is_looked_at(made: Made) -> None:
     from targets.coreml.images import MOST_IMAGES
 
