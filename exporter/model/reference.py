@@ -293,7 +293,7 @@ class _Matrix:
         return values.half().float() if self.dtype == "fp16" else values
 
     def blocks(self, shape: tuple[int, ...]) -> Iterator[slice]:
-        """Of rows; all of them at once where they are floats already. None is cut within what BLAS libraries multiply at
+        """Of rows; all at once where they are floats already. None is cut within what BLAS libraries multiply at
         once: on an AMD EPYC, MKL sums a rest of 10 rows in another order, and gave other bits than of the whole."""
         rows, columns = shape
         whole = isinstance(self.stored, Tensor) and self.stored.dtype == torch.float32
