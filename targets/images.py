@@ -12,7 +12,7 @@ from exporter.model.graph import image_names
 from exporter.spec import ImageSpec, ModelSpec
 
 
-class ShownImages:
+class CrossedStates:
     """Keys and values that a decoder takes from all images shown, one behind the other; before there is one, zeros in
     place of a tile, which no token sees."""
 

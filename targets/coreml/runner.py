@@ -18,7 +18,7 @@ from targets.coreml.images import MOST_IMAGES, TILES, image_features, image_name
 from targets.coreml.lower import IDS, LOGITS, MASK
 from targets.coreml.package import Package
 from targets.coreml.toolchain import ct, quiet
-from targets.images import ShownImages
+from targets.images import CrossedStates
 
 Predict = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """From the features that a package reads, floats of any dtype, to those that it gives; states grow on the way."""
@@ -67,9 +67,9 @@ class CoreMLRunner(BaseRunner):
         self._predict: Predict | None = load(artifact.path)
         self.load_s = time.perf_counter() - started
         spec = artifact.spec
-        self._images: ShownImages | None = None
+        self._images: CrossedStates | None = None
         if spec.images:
-            self._images = ShownImages(spec, spec.images, states=spec.images.tile_states, most=MOST_IMAGES)
+            self._images = CrossedStates(spec, spec.images, states=spec.images.tile_states, most=MOST_IMAGES)
 
     def look(self, image: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """As ``targets.base.SeeingRunner``."""
