@@ -69,7 +69,7 @@ class SeeingWalk(Walk):
         tiles = torch.zeros(1, EXAMPLE_LENGTH, _EXAMPLE_TILES, dtype=torch.bool)
         taken = [torch.zeros(shape) for _ in range(2 * len(images.cross_attention_layers))]
         assert text.dynamic_shapes is not None  # of a decoder
-        length, start, _ = text.dynamic_shapes
+        length, start = text.dynamic_shapes
         others = ({**length, 2: count}, *({1: states} for _ in taken))
         return Example((*text.inputs, tiles, *taken), (length, start, others))
 

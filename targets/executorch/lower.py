@@ -224,7 +224,7 @@ class Walk(BaseWalk):
     def example(self, _spec: ModelSpec) -> Example:
         """Of what ``run`` gives."""
         tokens, start = torch.zeros(1, EXAMPLE_LENGTH, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-        return Example((tokens, start), ({1: Dim("length", max=self._context)}, None, ()))
+        return Example((tokens, start), ({1: Dim("length", max=self._context)}, None))
 
     def _other_inputs(self, _spec: ModelSpec) -> dict[str, Wire]:
         """By our names, in the order in which the program takes them."""
