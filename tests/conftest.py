@@ -90,6 +90,13 @@ def write_toy(folder: Path, *, seed: int = 0, shards: int = 1, **config: Any) ->
     return Toy(folder=folder, model=model)
 
 
+def with_tokenizer(toy: Toy) -> Toy:
+    """With the bundled model's tokenizer, whose ids are the first of the vocabulary."""
+    for file in BUNDLED_MODEL.glob("tokenizer*.json"):
+        (toy.folder / file.name).write_bytes(file.read_bytes())
+    return toy
+
+
 def _text_model(fields: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 

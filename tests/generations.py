@@ -165,6 +165,16 @@ def toy_config(generation: str, *, heads: int = 4) -> dict[str, Any]:
     }
 
 
+def wide_config(generation: str) -> dict[str, Any]:
+    """``toy_config`` at a width at which it is exported."""
+    config = toy_config(generation, heads=WIDE["num_attention_heads"]) | WIDE
+    if has_experts(generation):
+        config |= {"intermediate_size": 512, "intermediate_size_mlp": 1536, "num_hidden_layers": 4}
+    if sees_images(generation):
+        config |= {"num_hidden_layers": 4, "cross_attention_layers": [1]}
+    return config
+
+
 _TOY_EXPERTS = {
     **{"model_type": "llama4_text", "num_local_experts": 4, "intermediate_size": 96, "intermediate_size_mlp": 160},
     **{"head_dim": 32, "num_hidden_layers": 5, "no_rope_layer_interval": 2, "attention_chunk_size": 16},

@@ -15,25 +15,25 @@ import torch
 from typer.testing import CliRunner
 
 import targets
-from exporter.checkpoint import BUNDLED_MODEL, open_checkpoint
+from exporter.checkpoint import open_checkpoint
 from exporter.checkpoint.config import read_spec
 from exporter.cli import app
 from exporter.errors import InputError
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace
 from exporter.parity import Drive, drive
-from tests.conftest import write_toy
+from tests.conftest import with_tokenizer, write_toy
 from tests.formats import FORMATS
 from tests.generations import (
     BILLIONS,
     GENERATIONS,
     SIZES,
     TOY_BOUND,
-    WIDE,
     config_of,
     has_experts,
     sees_images,
     toy_config,
+    wide_config,
 )
 from tests.readme_table import README, Shown, table
 
@@ -157,20 +157,13 @@ def test_a_toy_answers_as_transformers_beyond_what_it_was_trained_at(generation:
 def test_a_toy_is_exported_to_every_target(
     generation: str, target: str, record_property: Callable[[str, object], None], tmp_path: Path
 ) -> None:
-    """int4, rounded: codes and parity pass. With the bundled tokenizer, whose ids are the first of the vocabulary."""
+    """int4, rounded: codes and parity pass."""
     record_property("exports", f"{generation} | {target}")
     if target == "gguf" and has_experts(generation):
         pytest.xfail("--target gguf takes no model with experts")
     if target == "gguf" and sees_images(generation):
         pytest.xfail("--target gguf takes no embedding that is longer than the head")
-    config = toy_config(generation, heads=WIDE["num_attention_heads"]) | WIDE
-    if has_experts(generation):
-        config |= {"intermediate_size": 512, "intermediate_size_mlp": 1536, "num_hidden_layers": 4}
-    if sees_images(generation):
-        config |= {"num_hidden_layers": 4, "cross_attention_layers": [1]}
-    toy = write_toy(tmp_path / "toy", **config)
-    for file in BUNDLED_MODEL.glob("tokenizer*.json"):
-        (toy.folder / file.name).write_bytes(file.read_bytes())
+    toy = with_tokenizer(write_toy(tmp_path / "toy", **wide_config(generation)))
     words = [str(toy.folder), "-t", target, "-p", "int4", "--calibration", "none", "--json"]
     words += ["-o", str(tmp_path / "out"), "--store", str(tmp_path / "store")]
     result = CliRunner().invoke(app, words)

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 import targets
 from exporter.checkpoint import BUNDLED_MODEL
 from exporter.cli import app
-from tests.conftest import Toy, write_toy
-from tests.generations import PROCESSOR, WIDE, toy_config
+from tests.conftest import Toy, with_tokenizer, write_toy
+from tests.generations import PROCESSOR, wide_config
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "python"
 
@@ -90,11 +90,7 @@ def test_what_a_token_sees_is_what_transformers_lets_it_see(sample: Any, places:
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    config = toy_config("Llama 3.2 Vision", heads=WIDE["num_attention_heads"]) | WIDE
-    config |= {"num_hidden_layers": 4, "cross_attention_layers": [1]}
-    toy = write_toy(tmp_path_factory.mktemp("seeing"), **config)
-    for file in BUNDLED_MODEL.glob("tokenizer*.json"):
-        (toy.folder / file.name).write_bytes(file.read_bytes())
+    toy = with_tokenizer(write_toy(tmp_path_factory.mktemp("seeing"), **wide_config("Llama 3.2 Vision")))
     (toy.folder / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, "size": {"height": 28, "width": 28}}))
     return toy
 
@@ -146,6 +142,8 @@ def test_a_model_that_sees_images_is_exported_and_proven_again(
     folder = next(tmp_path.glob(f"{target}*"))
     words = ["validate", str(folder), "--store", str(tmp_path / "store"), "--json"]
     alone = json.loads(CliRunner().invoke(app, words).stdout)[0]["manifest"]
+    packed = ["bundle", str(folder), "--for", "onnxruntime-mobile", "--out", str(tmp_path / "packed")]
+    assert "onnxruntime-mobile knows no decoder with such inputs" in CliRunner().invoke(app, packed).stderr
     assert (alone["codes"]["verdict"], alone["images"]["verdict"]) == ("passed", "not measured")
     assert alone["images"]["reason"] == "an image needs the checkpoint: name it with --against"
     words += ["--against", str(toy.folder)]
