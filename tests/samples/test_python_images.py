@@ -142,8 +142,9 @@ def test_a_model_that_sees_images_is_exported_and_proven_again(
     folder = next(tmp_path.glob(f"{target}*"))
     words = ["validate", str(folder), "--store", str(tmp_path / "store"), "--json"]
     alone = json.loads(CliRunner().invoke(app, words).stdout)[0]["manifest"]
-    packed = ["bundle", str(folder), "--for", "onnxruntime-mobile", "--out", str(tmp_path / "packed")]
-    assert "onnxruntime-mobile knows no decoder with such inputs" in CliRunner().invoke(app, packed).stderr
+    loader = {"onnxruntime": "onnxruntime-mobile", "executorch": "executorch-android"}[target]
+    packed = ["bundle", str(folder), "--for", loader, "--out", str(tmp_path / "packed")]
+    assert f"{loader} knows no decoder with such inputs" in CliRunner().invoke(app, packed).stderr
     assert (alone["codes"]["verdict"], alone["images"]["verdict"]) == ("passed", "not measured")
     assert alone["images"]["reason"] == "an image needs the checkpoint: name it with --against"
     words += ["--against", str(toy.folder)]
