@@ -43,14 +43,10 @@ def written(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def text_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a description that is of the text."""
-    own: dict[str, Any] = config.get("text_config", config)
-    return own
-
-
 def as_transformers_wants(config: dict[str, Any]) -> dict[str, Any]:
     """Transformers 5 refuses the number that Scout's release has for true."""
+    if "text_config" in config:
+        return {**config, "text_config": as_transformers_wants(config["text_config"])}
     tuned = {"attn_temperature_tuning": bool(config["attn_temperature_tuning"])} if "floor_scale" in config else {}
     return {**config, **tuned}
 
@@ -64,8 +60,8 @@ def test_a_released_size_has_the_parameters_that_transformers_counts(
     spec = read_spec(written(tmp_path, config_of(generation, size)))
     read = spec.parameters
     own = config_of(generation, size)
-    kind = AutoModelForImageTextToText if sees_images(generation) else AutoModelForCausalLM
-    written(tmp_path, as_transformers_wants(own if sees_images(generation) else text_of(own)))
+    kind = AutoModelForImageTextToText if "vision_config" in own else AutoModelForCausalLM
+    written(tmp_path, as_transformers_wants(own))
     with torch.device("meta"):
         model = kind.from_config(AutoConfig.from_pretrained(tmp_path))
     assert read == model.num_parameters()
@@ -100,10 +96,10 @@ def test_a_released_size_is_inspected_and_traced_in_seconds_and_little_memory(
     generation: str, size: str, tmp_path: Path
 ) -> None:
     """From files of their full length, 810 GB of them, that take no place on the disk."""
-    written(tmp_path, config_of(generation, size))
     config = config_of(generation, size)
-    parameters = write_hollow(tmp_path, as_transformers_wants(config if sees_images(generation) else text_of(config)))
-    if sees_images(generation):  # of which the text part alone is taken
+    written(tmp_path, config)
+    parameters = write_hollow(tmp_path, as_transformers_wants(config))
+    if "vision_config" in config:  # of which the text part alone is taken
         parameters = read_spec(tmp_path).text_alone().parameters
     done = subprocess.run([sys.executable, "-c", STAGES, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -121,9 +117,7 @@ def write_hollow(folder: Path, config: dict[str, Any]) -> int:
     is written; gives their number."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kind = (
-        AutoModelForImageTextToText if "vision_config" in config and "text_config" in config else AutoModelForCausalLM
-    )
+    kind = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
     with torch.device("meta"):
         model = kind.from_config(AutoConfig.for_model(**config))
     header, end = dict[str, Any](), 0

@@ -137,7 +137,7 @@ def open_checkpoint(
         spec=spec,
         tensors=tensors,
         described_by=found.described_by(path),
-        left_out=None if spec.images else found.leaves_out(path),
+        left_out=None if spec.vision else found.leaves_out(path),
     )
 
 
