@@ -12,9 +12,9 @@ from torch import Tensor
 from exporter.errors import HostError
 from exporter.spec import Artifact
 from targets.base import BaseRunner
-from targets.coreml import VISION
+from targets.coreml import MOST_IMAGES, VISION
 from targets.coreml.evaluate import Evaluator, Rounding
-from targets.coreml.images import MOST_IMAGES, TILES, image_features, image_name, state_features
+from targets.coreml.images import TILES, image_features, image_name, state_features
 from targets.coreml.lower import IDS, LOGITS, MASK
 from targets.coreml.package import Package
 from targets.coreml.toolchain import ct, quiet
