@@ -229,6 +229,10 @@ class ModelSpec:
         without ``pixel_values``."""
         return replace(self, images=None)
 
+    def without_extra_embeddings(self) -> ModelSpec:
+        """The same model for one who reads no token that it does not write."""
+        return replace(self, extra_embeddings=0)
+
     @property
     def num_embeddings(self) -> int:
         """Tokens that can be read."""

@@ -44,6 +44,10 @@ EXPERTS = ("executorch", "onnxruntime", "coreml")
 SEEING = ("onnxruntime",)
 """Labels that take what looks at images (``targets.base.SeeingTarget``)."""
 
+EMBEDDINGS_OF_THE_HEAD = ("gguf",)
+"""Labels whose runtime wants an embedding as long as the head: rows of tokens that are read and never written are left
+out."""
+
 PRUNED_HEADS = ("executorch", "executorch-portable", "onnxruntime", "coreml")
 """Labels that take a head of some tokens only."""
 

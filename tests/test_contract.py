@@ -243,7 +243,9 @@ def test_a_body_of_two_precisions_is_proven_and_told_by_its_manifest(name: str, 
     parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=plan)
     assert (codes.verdict, parity.verdict) == (Verdict.PASSED, Verdict.PASSED), (codes, parity)
     verdicts = Verdicts(codes=codes, parity=parity, quality=parity, latency=parity)
-    described = describe_bundle(plan.out, artifact=artifact, checkpoint=checkpoint, calibration={}, verdicts=verdicts)
+    described = describe_bundle(
+        plan.out, artifact=artifact, checkpoint=checkpoint, calibration={}, remarks=(), verdicts=verdicts
+    )
     manifest = write_manifest(plan.out, described)
     assert manifest["scheme"]["rules"] == [{"pattern": pattern, "precision": "int8"} for pattern in IN_PLACES]
     assert read_artifact(open_bundle(plan.out), path=artifact.path) == artifact

@@ -28,6 +28,7 @@ from exporter.spec import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
+    LAYERS,
     AttentionSpec,
     CodeKind,
     ExpertSpec,
@@ -332,11 +333,11 @@ def stored_tensors(header: Header, spec: ModelSpec) -> Iterator[tuple[str, GGUFT
             continue
         known, stack = _readable(name, info), _STACKED.fullmatch(name)
         if stack and spec.experts and len(info.shape) == 3:
-            place = f"model.layers.{stack[1]}.feed_forward.experts"
+            place = f"{_layer(stack[1], spec)}.feed_forward.experts"
             for expert, one in enumerate(_apart_experts(known)):
                 yield f"{place}.{expert}.{stack[2]}_proj.weight", GGUFTensor(name, one, heads=0)
             continue
-        renamed = _renamed(name, _EXPERT_BLOCK if spec.experts else _BLOCK)
+        renamed = _renamed(name, spec)
         yield renamed, GGUFTensor(name, known, heads=permuted_heads(renamed, spec))
 
 
@@ -572,12 +573,18 @@ def _readable(name: str, info: TensorInfo) -> TensorInfo:
     return info
 
 
-def _renamed(name: str, block: Mapping[str, str]) -> str:
+def _renamed(name: str, spec: ModelSpec) -> str:
     """A tensor's name of Hugging Face; those unknown stay as they are."""
+    block = _EXPERT_BLOCK if spec.experts else _BLOCK
     found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
     if found is None or found.group(2) not in block:
         return _ENDS.get(name, name)
-    return f"model.layers.{found.group(1)}.{block[found.group(2)]}.weight"
+    return f"{_layer(found.group(1), spec)}.{block[found.group(2)]}.weight"
+
+
+def _layer(number: str, spec: ModelSpec) -> str:
+    """How the names of the weights of block ``number`` begin; one beyond the model's layers is unknown by any name."""
+    return spec.layer_name(int(number)) if int(number) < spec.num_hidden_layers else f"{LAYERS}{number}"
 
 
 def _refuse_unknown(header: Header) -> None:

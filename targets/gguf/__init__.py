@@ -35,8 +35,6 @@ class GGUFTarget:
             return "--prefer prefill changes nothing here, llama.cpp rounds activations to int8 in any case"
         if spec.adapter_rank:
             return "it has no adapters beside the linears of a model: pass --requantize, which merges them"
-        if spec.extra_embeddings:
-            return f"llama.cpp wants an embedding as long as the head, this one has {spec.extra_embeddings} rows more"
         for name, shape in spec.weights().items():
             if len(shape) == 2 and plan.scheme.precision(name).bits and shape[1] % _BLOCK:
                 return f"Q4_0 and Q8_0 are blocks of {_BLOCK} columns, but {name} has {shape[1]} columns"

@@ -21,7 +21,7 @@ class Decoder:
     """All of a graph that a file has to say."""
 
     layers: tuple[int, ...]
-    """Of the whole model, in the order in which this graph has them."""
+    """By the numbers in the names of their weights, in the order in which this graph has them."""
     gives_logits: bool
     """Else what the head would read."""
     rms_norm_eps: float
@@ -83,9 +83,10 @@ class _Walk:
         left, right = (a, b) if a == self.hidden else (b, a)
         found = re.match(r"linear\(model\.layers\.(\d+)\.", right)
         index = int(found[1]) if found else -1
-        if left != self.hidden or right not in (_attention(index, self.hidden), _mlp(index, self.hidden)):
+        attended = _attention(index, self.hidden, cache=self.spec.layer_of(f"model.layers.{index}."))
+        if left != self.hidden or right not in (attended, _mlp(index, self.hidden)):
             raise _other(f"layer {index}", right)
-        if right == _attention(index, self.hidden):
+        if right == attended:
             self.layers.append(index)
         elif not self.layers or self.layers[-1] != index:
             raise _other(f"layer {index}", "an MLP without attention")
@@ -113,11 +114,11 @@ def _linear(weight: str, x: str) -> str:
     return f"linear({weight}, {x})"
 
 
-def _attention(index: int, hidden: str) -> str:
+def _attention(index: int, hidden: str, *, cache: int | None) -> str:
     layer = f"model.layers.{index}"
     normed = _norm(f"{layer}.input_layernorm.weight", hidden)
     q, k, v = (_linear(f"{layer}.self_attn.{kind}_proj.weight", normed) for kind in "qkv")
-    return _linear(f"{layer}.self_attn.o_proj.weight", f"attention({q}, {k}, {v}, past_k.{index}, past_v.{index})")
+    return _linear(f"{layer}.self_attn.o_proj.weight", f"attention({q}, {k}, {v}, past_k.{cache}, past_v.{cache})")
 
 
 def _mlp(index: int, hidden: str) -> str:

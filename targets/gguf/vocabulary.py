@@ -78,11 +78,15 @@ def read_vocabulary(tokenizer: Tokenizer, spec: ModelSpec) -> dict[str, Any]:
 
 
 def _tokens(content: Mapping[str, Any], spec: ModelSpec) -> tuple[list[str], list[int]]:
-    """Text and type of every row of the embedding; what the tokenizer leaves free is never made."""
+    """Text and type of every row of the embedding; what the tokenizer leaves free is never made, and what it has beyond
+    them is text like any other."""
     texts, types = [f"[PAD{index}]" for index in range(spec.vocab_size)], [UNUSED] * spec.vocab_size
     for text, index in content["model"]["vocab"].items():
-        texts[index], types[index] = text, NORMAL
+        if index < spec.vocab_size:
+            texts[index], types[index] = text, NORMAL
     for token in content.get("added_tokens", []):
+        if token["id"] >= spec.vocab_size:
+            continue
         for flag in ("lstrip", "rstrip", "single_word"):
             if token.get(flag):
                 raise _refused(f"{flag} of {token['content']!r}", True, known="false")

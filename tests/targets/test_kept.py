@@ -113,7 +113,9 @@ def test_kept_codes_lie_in_the_artifact_and_it_answers_as_its_reference(
     parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=plan)
     assert (codes.verdict, parity.verdict) == (Verdict.PASSED, Verdict.PASSED), (codes, parity)
     verdicts = Verdicts(codes=codes, parity=parity, quality=parity, latency=parity)
-    described = describe_bundle(plan.out, artifact=artifact, checkpoint=checkpoint, calibration={}, verdicts=verdicts)
+    described = describe_bundle(
+        plan.out, artifact=artifact, checkpoint=checkpoint, calibration={}, remarks=(), verdicts=verdicts
+    )
     write_manifest(plan.out, described)
     assert read_artifact(open_bundle(plan.out), path=artifact.path) == artifact
 
