@@ -37,7 +37,7 @@ INT8_CACHES = {"executorch": "int8", "onnxruntime": INT8_STATIC}
 PALETTES = ("coreml", "coreml-ane")
 """Labels that take ``Precision.LUT4``."""
 
-EXPERTS = ("executorch", "onnxruntime", "coreml")
+EXPERTS = ("executorch", "onnxruntime", "coreml", "gguf")
 """Labels that take a model with experts, and attention that differs from layer to layer."""
 
 
