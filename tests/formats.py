@@ -48,6 +48,18 @@ def is_llama4(toy: Toy) -> bool:
     return str(toy.model.config.model_type) == "llama4_text"
 
 
+def sees_images(toy: Toy) -> bool:
+    return str(toy.model.config.model_type) == "mllama"
+
+
+def in_memory(stored: str) -> str:
+    """What transformers calls a tensor of Llama 3.2 Vision that lies in a file under ``stored``."""
+    for prefix, name in (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head.")):
+        if stored.startswith(prefix):
+            return name + stored.removeprefix(prefix)
+    return f"model.{stored}" if stored.startswith(("vision_model.", "multi_modal_projector.")) else stored
+
+
 def safetensors(toy: Toy) -> Written:
     return Written(path=toy.folder, weights=dict(toy.model.state_dict()))
 
@@ -133,8 +145,13 @@ def adapters(toy: Toy) -> Written:
     """A LoRA of PEFT beside its base."""
     weights = {name: weight.clone() for name, weight in toy.model.state_dict().items()}
     modules = (Q, K, SHARED) if is_llama4(toy) else (Q, DOWN)
-    tensors = factors(shapes_of(toy, *modules))
-    for module in modules:
+    names = {module: module for module in modules}
+    if sees_images(toy):  # whose layer 1 looks at images
+        modules = (Q, "model.layers.2.mlp.down_proj")
+        names = {module: module.replace("model.", "model.language_model.", 1) for module in modules}
+    shapes = shapes_of(toy, *modules)
+    tensors = factors({names[module]: shapes[module] for module in modules})
+    for module in names.values():
         down, up = (tensors[f"base_model.model.{module}.lora_{kind}.weight"] for kind in "AB")
         weights[f"{module}.weight"] += ALPHA / RANK * up @ down
     return Written(path=toy.folder, weights=weights, adapter=write_adapter(toy.folder.with_name("lora"), tensors))
@@ -145,7 +162,8 @@ def quantized(form: Format) -> Callable[[Toy], Written]:
 
     def write(toy: Toy) -> Written:
         folder = toy.folder.with_name("quantized")
-        return Written(path=folder, weights=form.write(folder, toy.folder))
+        weights = form.write(folder, toy.folder)
+        return Written(path=folder, weights={in_memory(name): weight for name, weight in weights.items()})
 
     return write
 
@@ -194,14 +212,17 @@ REFUSED = {
 NOT_READ = {
     ("Llama 3.2 Vision", format): "Llama 3.2 Vision is read as safetensors alone"
     for format in FORMATS
-    if format != "safetensors"
+    if format == "Meta"
 }
 """What is missing, and the sentence that the table has for it."""
 
 
 def was_released(generation: str, format: str) -> bool:
-    """Whether there may be such a thing: Meta's own quantized releases are of Llama 3.2 alone."""
-    return format not in _METAS_CODES or generation == "Llama 3.2"
+    """Whether there may be such a thing: Meta's own quantized releases are of Llama 3.2 alone, and llama.cpp has no
+    architecture of Llama 3.2 Vision."""
+    if format in _METAS_CODES:
+        return generation == "Llama 3.2"
+    return not (format.startswith("GGUF") and generation == "Llama 3.2 Vision")
 
 
 def toy_for(format: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def test_a_generation_in_a_format_is_the_model_that_transformers_has(
     reference = Reference(trace(checkpoint.spec), checkpoint, FULL_PRECISION)
     ids = torch.randint(3, 96, (3 * TOY_BOUND,), generator=torch.Generator().manual_seed(1))
     steps = Drive(ids=tuple(ids.tolist()), prefills=(TOY_BOUND + 9, 13))
-    toy.model.load_state_dict({name: weight.float() for name, weight in written.weights.items()}, strict=False)
+    weights = {name: weight.float() for name, weight in written.weights.items()}
+    assert not toy.model.load_state_dict(weights, strict=False).unexpected_keys
     with torch.no_grad():
         expected = toy.model(ids[None]).logits[0][steps.positions]
     assert (drive(reference, steps) - expected).abs().max() < 1e-4
