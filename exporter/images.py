@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from exporter.checkpoint.config import read_json
+from exporter.checkpoint.meta import is_meta
 from exporter.errors import InputError
 from exporter.metrics import kl_divergence
 from exporter.model.graph import Program
@@ -41,6 +43,14 @@ _PROCESSED: dict[str, Any] = {
     "resample": 2,
 }
 """All that a processor of ours may say: bilinear, padded, normalized."""
+
+_METAS: dict[str, Any] = {
+    "image_processor_type": "MllamaImageProcessor",
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+"""meta-llama/llama-models, models/llama3/multimodal/image_transform.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,11 +144,8 @@ def prove_images(
 
 def check_processor(folder: Path, images: ImageSpec) -> None:
     """Raises InputError where the processor of a checkpoint is missing, or does what no app of ours would do."""
-    path = folder / PROCESSOR
-    config = read_json(path, missing=f"download {PROCESSOR} into this folder: it tells how pixels are made")
-    side = {"height": images.image_size, "width": images.image_size}
-    wanted = {**_PROCESSED, "size": side, "max_image_tiles": images.max_num_tiles}
-    for field, value in wanted.items():
+    path, config = folder / PROCESSOR, _processor(folder, images)
+    for field, value in _wanted(images).items():
         if config.get(field, value) != value:
             raise InputError(
                 f"{path}: {field} is {config[field]!r}, {value!r} was expected", hint="copy it from the original model"
@@ -152,5 +159,22 @@ def check_processor(folder: Path, images: ImageSpec) -> None:
             )
 
 
-def copy_processor(folder: Path, out: Path) -> None:
-    shutil.copyfile(folder / PROCESSOR, out / PROCESSOR)
+def copy_processor(folder: Path, out: Path, images: ImageSpec) -> None:
+    """As it was; of a checkpoint in Meta's layout, which has none, what its programs do."""
+    if (folder / PROCESSOR).exists():
+        shutil.copyfile(folder / PROCESSOR, out / PROCESSOR)
+    else:
+        content = json.dumps(_processor(folder, images), indent=2) + "\n"
+        (out / PROCESSOR).write_text(content, encoding="utf-8")
+
+
+def _processor(folder: Path, images: ImageSpec) -> dict[str, Any]:
+    path = folder / PROCESSOR
+    if is_meta(folder) and not path.exists():
+        return {**_METAS, **_wanted(images)}
+    return read_json(path, missing=f"download {PROCESSOR} into this folder: it tells how pixels are made")
+
+
+def _wanted(images: ImageSpec) -> dict[str, Any]:
+    side = {"height": images.image_size, "width": images.image_size}
+    return {**_PROCESSED, "size": side, "max_image_tiles": images.max_num_tiles}

@@ -190,6 +190,14 @@ def write_coded(
     return stacked(meant)
 
 
+def in_memory(stored: str) -> str:
+    """What transformers calls a tensor of Llama 3.2 Vision that lies in a file under ``stored``."""
+    for prefix, name in (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head.")):
+        if stored.startswith(prefix):
+            return name + stored.removeprefix(prefix)
+    return f"model.{stored}" if stored.startswith(("vision_model.", "multi_modal_projector.")) else stored
+
+
 def unstacked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Experts of a Llama 4 one by one, as llm-compressor has them (``SequentialLlama4TextExperts``)."""
     found = {}

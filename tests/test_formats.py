@@ -23,7 +23,7 @@ from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace
 from exporter.parity import Drive, drive
 from tests.conftest import Toy, write_toy
-from tests.formats import FORMATS, NOT_READ, REFUSED, toy_for, was_released
+from tests.formats import FORMATS, REFUSED, toy_for, was_released
 from tests.generations import GENERATIONS, TOY_BOUND, WIDE, toy_config
 
 pytestmark = pytest.mark.slow
@@ -37,8 +37,6 @@ def test_a_generation_in_a_format_is_the_model_that_transformers_has(
     if not was_released(generation, format):
         pytest.skip("there is no such release")
     record_property("reads", f"{generation} | {format}")
-    if missing := NOT_READ.get((generation, format)):
-        pytest.xfail(missing)
     toy = write_toy(tmp_path / "toy", **toy_for(format, toy_config(generation)))
     written = FORMATS[format](toy)
     checkpoint = open_checkpoint(written.path, adapter=written.adapter)

@@ -27,6 +27,7 @@ _LAYOUT = (
 )
 
 OF_IMAGES = "this model reads images too: they are left out, its text part is taken"
+OF_IMAGES_TAKEN = f"{OF_IMAGES}; --images takes them"
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -39,7 +40,7 @@ _ARCHITECTURES = {
 _TEXT_CONFIGS = {"llama4": "llama4_text", "mllama": "mllama_text_model"}
 """Of a model_type that has its text_config inside, the model_type of that."""
 
-_IMAGE_TOKENS = 8
+IMAGE_TOKENS = 8
 """Rows that Llama 3.2 Vision's embedding has behind those of the vocabulary (transformers, ``MllamaTextModel``)."""
 
 _MLLAMA_TEXT: dict[str, Any] = {
@@ -133,7 +134,7 @@ def read_spec(folder: Path) -> ModelSpec:
         )
     bos, eos = _special_tokens(folder, config)
     layers = count_of(path, config, "num_hidden_layers")
-    images = _read_images(path, whole, config, layers=layers) if sees else None
+    images = read_images(path, whole, config, layers=layers) if sees else None
     own = tuple(layer for layer in range(layers) if not images or layer not in images.cross_attention_layers)
     is_dense = model_type in ("llama", "mllama")
     if not is_dense:
@@ -158,7 +159,7 @@ def read_spec(folder: Path) -> ModelSpec:
             experts=None if is_dense else _read_experts(path, config, layers=layers),
             images=images,
             layer_numbers=own if images else (),
-            extra_embeddings=_IMAGE_TOKENS if images else 0,
+            extra_embeddings=IMAGE_TOKENS if images else 0,
         )
     except ValueError as error:
         raise InputError(f"{path}: {error}", hint="check config.json against the original model's") from error
@@ -166,7 +167,7 @@ def read_spec(folder: Path) -> ModelSpec:
 
 def leaves_out(folder: Path) -> str | None:
     """What of a model the spec knows nothing of, in a sentence."""
-    return {"llama4": OF_IMAGES, "mllama": f"{OF_IMAGES}; --images takes them"}.get(
+    return {"llama4": OF_IMAGES, "mllama": OF_IMAGES_TAKEN}.get(
         str(read_json(folder / "config.json").get("model_type"))
     )
 
@@ -179,8 +180,9 @@ def _text_config(path: Path, config: Mapping[str, Any], *, kind: str) -> dict[st
     return {**outside, **text}
 
 
-def _read_images(path: Path, whole: Mapping[str, Any], text: Mapping[str, Any], *, layers: int) -> ImageSpec:
-    """Of a Llama 3.2 Vision; what is absent has the value of transformers' ``MllamaVisionConfig``."""
+def read_images(path: Path, whole: Mapping[str, Any], text: Mapping[str, Any], *, layers: int) -> ImageSpec:
+    """Of a Llama 3.2 Vision; what is absent has the value of transformers' ``MllamaVisionConfig``. ``text`` tells
+    ``cross_attention_layers``, of ``layers`` in all. Raises InputError."""
     found = whole.get("vision_config")
     if not isinstance(found, dict):
         raise _unknown(path, "vision_config", found, known=["an object"])
@@ -209,7 +211,7 @@ def _read_images(path: Path, whole: Mapping[str, Any], text: Mapping[str, Any], 
             **sizes,
         )
     except ValueError as error:
-        raise InputError(f"{path}: {error}", hint="check config.json against the original model's") from error
+        raise InputError(f"{path}: {error}", hint=f"check {path.name} against the original model's") from error
     if config["vision_output_dim"] != images.output_size:
         raise _unknown(path, "vision_output_dim", config["vision_output_dim"], known=[images.output_size])
     return images

@@ -18,12 +18,11 @@ from exporter.errors import InputError
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace, trace_vision
 from tests import coded
-from tests.coded import as_gptq, as_int8, as_packed, choose
+from tests.coded import as_gptq, as_int8, as_packed, choose, in_memory
 from tests.conftest import Toy, write_toy
 from tests.exporter.test_adapter import ALPHA, RANK, factors, random, write_adapter
 from tests.exporter.test_checkpoint import pickled
 from tests.exporter.test_vision import scene
-from tests.formats import in_memory
 from tests.generations import toy_config
 
 NEW, OLD = "model.language_model.", "language_model.model."
@@ -38,10 +37,10 @@ def toy(tmp_path: Path) -> Toy:
 def differs(model: Any, folder: Path, **choices: Any) -> float:
     """How far logits of a text with two images are from those of ``model``."""
     checkpoint = open_checkpoint(folder, images=True, **choices)
-    shown = scene(2, 3)
+    shown, vision = scene(2, 3), trace_vision(checkpoint.spec)
     reference = Reference(trace(checkpoint.spec), checkpoint, FULL_PRECISION)
     for index in range(2):
-        reference.look(trace_vision(checkpoint.spec), shown.image(index))
+        reference.look(vision, shown.image(index))
     with torch.no_grad():
         expected = model(**shown.inputs()).logits[0]
     return float((reference.feed(shown.ids[0].tolist(), tiles=shown.tiles) - expected).abs().max())
