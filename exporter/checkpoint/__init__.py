@@ -129,7 +129,7 @@ def open_checkpoint(
     found = _format_of(path)
     spec = read_spec(path, decoded=decoded, images=images, head_tokens=head_tokens)
     tensors = found.map_tensors(path, spec)
-    left_out = None if spec.images else found.leaves_out(path)
+    left_out = None if spec.vision else found.leaves_out(path)
     if adapter:
         tensors = lora.with_adapter(tensors, spec, adapter)
         if left_out and lora.leaves_out(adapter, spec):

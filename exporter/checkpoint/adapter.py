@@ -22,7 +22,7 @@ from exporter.checkpoint.config import integer_of, number_of, read_json
 from exporter.checkpoint.huggingface import map_pickle, map_safetensors
 from exporter.checkpoint.tensors import LazyTensor, refuse_codes
 from exporter.errors import InputError
-from exporter.spec import EMBEDDING, HEAD, ModelSpec
+from exporter.spec import EMBEDDING, HEAD, VISION, ModelSpec
 
 CONFIG = "adapter_config.json"
 _FILES = {"adapter_model.safetensors": map_safetensors, "adapter_model.bin": map_pickle}
@@ -118,7 +118,10 @@ def leaves_out(folder: Path, spec: ModelSpec) -> bool:
 
 
 def _is_left_out(stored: str, spec: ModelSpec) -> bool:
-    return bool(spec.layer_numbers) and mllama.is_left_out(_renamed(stored.removeprefix(_PREFIX), spec), spec)
+    name = _renamed(stored.removeprefix(_PREFIX), spec)
+    if spec.layer_numbers:
+        return mllama.is_left_out(name, spec)
+    return spec.experts is not None and spec.fusion is None and name.startswith(VISION)
 
 
 def _renamed(name: str, spec: ModelSpec) -> str:
