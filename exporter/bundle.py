@@ -28,6 +28,7 @@ from exporter.spec import (
     AttentionSpec,
     CodeKind,
     ExpertSpec,
+    FusionSpec,
     ImageSpec,
     KeptCodes,
     Logits,
@@ -274,7 +275,7 @@ def _broken(path: Path, error: Exception) -> InputError:
 def _artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
     model = {key: value for key, value in manifest["model"].items() if key != "parameters"}
     rope, attention, experts = {**model.pop("rope")}, model.pop("attention", {}), model.pop("experts", None)
-    images = model.pop("images", None)
+    images, fusion = model.pop("images", None), model.pop("fusion", None)
     scheme = manifest["scheme"]
     head_activations = scheme["head_activations"]
     return Artifact(
@@ -287,6 +288,7 @@ def _artifact(manifest: Mapping[str, Any], *, path: Path) -> Artifact:
             attention=AttentionSpec(**_with_tuples(attention)),
             experts=ExpertSpec(**_with_tuples(experts)) if experts else None,
             images=ImageSpec(**_with_tuples(images)) if images else None,
+            fusion=FusionSpec(**fusion) if fusion else None,
         ),
         scheme=WeightScheme(
             body=Precision(scheme["weights"]),
@@ -347,7 +349,7 @@ def _model(spec: ModelSpec) -> dict[str, Any]:
         del model["rope"]["factors"]
     if spec.attention == AttentionSpec():
         del model["attention"]
-    for field in ("experts", "images", "layer_numbers", "extra_embeddings", "adapter_rank", "head_tokens"):
+    for field in ("experts", "images", "fusion", "layer_numbers", "extra_embeddings", "adapter_rank", "head_tokens"):
         if not model[field]:
             del model[field]
     return {**model, "parameters": spec.parameters}

@@ -26,8 +26,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = _hidden(path.parent, path.name)
     try:
         temporary.touch(exist_ok=False)
-        temporary.chmod(0o644)
         yield temporary
+        temporary.chmod(0o644)  # safetensors makes the file anew, for its owner alone
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

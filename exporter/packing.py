@@ -161,6 +161,11 @@ def _contents(
         )
     artifact = read_artifact(manifest, path=targets.load(label).find(bundle))
     spec = artifact.spec
+    if spec.vision:
+        raise UsageError(
+            f"{bundle} takes images, {loader} knows no decoder with such inputs",
+            hint="export without --images, or take the whole bundle with --zip",
+        )
     contents: dict[Path, Path | bytes] = {}
     for name in (*wanted.files, *wanted.optional):
         source = bundle / name

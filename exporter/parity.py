@@ -8,7 +8,7 @@ linears.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -115,6 +115,15 @@ class Floor:
 
     def figures(self) -> dict[str, float]:
         return {"floor_kl_nats": self.mean_kl_nats, "floor_worst_kl_nats": self.worst_kl_nats}
+
+
+def measure_floor(answer: Callable[..., Tensor], shipped: Tensor, *, artifact: Artifact) -> Floor:
+    """How far a reference moves from the logits ``shipped`` ``[m, V]``: ``answer`` gives them again with ``noise`` and
+    ``seed``, as often and with as much of it as the model and its target ask for."""
+    experts = artifact.spec.experts is not None
+    noise = FP16_NOISE if experts and in_fp16(artifact.arithmetic) else FLOOR_NOISE
+    draws = range(FLOOR_DRAWS if experts else 1)
+    return Floor.of(torch.stack([kl_divergence(shipped, answer(noise=noise, seed=seed)) for seed in draws]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

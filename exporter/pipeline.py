@@ -271,9 +271,10 @@ def _make_bundle(
     remarks += remarks_of(target, artifact)
     for remark in remarks:
         progress.note(f"{label}: {remark}")
-    if vision := material.program.vision:
+    vision, seen = material.program.vision, artifact.spec.vision
+    if vision and seen:
         seeing(target).lower_vision(vision, store, plan, folder)
-        copy_processor(store.checkpoint.folder, folder)
+        copy_processor(store.checkpoint.folder, folder, seen)
     copy_tokenizer(material.tokenizer, folder)
     copy_licences(store.checkpoint, folder)
     write_recipe(folder, plan, target=label)
@@ -332,7 +333,7 @@ def _as_taken(label: str, material: Material) -> tuple[Material, list[str]]:
 def _images(
     target: Target, artifact: Artifact, material: Material, steps: Drive, *, progress: Progress
 ) -> Report | None:
-    if artifact.spec.images is None:
+    if artifact.spec.vision is None:
         return None
     progress.stage("an image")
     return prove_images(
@@ -393,13 +394,13 @@ def validate(
     if stood_in:
         raise UsageError(f"--device-report-file: {stood_in}", hint="leave it out, or validate on such a device")
     artifact = read_artifact(manifest, path=target.find(bundle))
-    if bisect and artifact.spec.images:
+    if bisect and artifact.spec.vision:
         raise UsageError("--bisect knows no graph that sees images", hint="leave --bisect out")
     goldens = Goldens.read(bundle)
     images = None
     if against is None:
         material = None
-        if artifact.spec.images:
+        if artifact.spec.vision:
             images = Report(
                 verdict=Verdict.NOT_MEASURED,
                 reason=_NEEDS_CHECKPOINT.format("an image"),
@@ -417,7 +418,7 @@ def validate(
             context=artifact.context,
             logits=artifact.logits,
             prefer=artifact.prefer,
-            images=artifact.spec.images is not None,
+            images=artifact.spec.vision is not None,
             kv_cache=Precision.INT8 if artifact.arithmetic.kv_dtype in targets.INT8_CACHES.values() else None,
             recipe=recipe,
             sampling=sampling,
@@ -545,14 +546,14 @@ def refuse_early(plan: Plan, spec: ModelSpec, chosen: Mapping[str, Target]) -> N
 
 
 def _refuse_images(plan: Plan, spec: ModelSpec) -> None:
-    if spec.images is None:
+    if spec.vision is None:
         raise UsageError("--images: this model sees none, or it is not known how", hint="leave --images out")
     if plan.budget_bytes or plan.max_kl_nats:
         raise UsageError(
             "--images: what a matrix costs is measured on text, which some of these never see",
             hint="leave --budget-mb and --max-kl out, or take --rule",
         )
-    check_processor(plan.checkpoint, spec.images)
+    check_processor(plan.checkpoint, spec.vision)
 
 
 def _missing(label: str, reason: str) -> MissingToolError:

@@ -10,7 +10,6 @@ from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from exporter.bundle import Goldens
@@ -18,15 +17,12 @@ from exporter.chat import GOLDEN_DATE, golden_chats
 from exporter.codes import check_codes, weight_digests
 from exporter.latency import measure_latency, not_measured
 from exporter.memory import give_back_memory
-from exporter.metrics import kl_divergence
 from exporter.model.graph import Graph
 from exporter.model.reference import FULL_PRECISION, Reference, Weights
 from exporter.parity import (
     FEW_DECODES,
-    FLOOR_DRAWS,
     FLOOR_MULTIPLE,
     FLOOR_NOISE,
-    FP16_NOISE,
     Drive,
     Floor,
     GoldenLogits,
@@ -34,8 +30,8 @@ from exporter.parity import (
     all_at_once,
     check_parity,
     drive,
-    in_fp16,
     judge,
+    measure_floor,
     parity_not_measured,
     structure_bound,
     structure_figures,
@@ -67,16 +63,14 @@ class Answers:
 
 def ask_reference(graph: Graph, store: WeightStore, artifact: Artifact, steps: Drive) -> Answers:
     """Run the reference along ``steps``: as the target computes, and with the noise that gives the floor."""
-    arithmetic = artifact.arithmetic
-    experts = graph.spec.experts is not None
-    noise = FP16_NOISE if experts and in_fp16(arithmetic) else FLOOR_NOISE
 
-    def answer(noise: float = 0.0, *, seed: int = 0) -> Tensor:
-        return all_at_once(Reference(graph, store, arithmetic, noise=noise, seed=seed, keep_bytes=0), steps)
+    def answer(*, noise: float = 0.0, seed: int = 0) -> Tensor:
+        reference = Reference(graph, store, artifact.arithmetic, noise=noise, seed=seed, keep_bytes=0)
+        return all_at_once(reference, steps)
 
     shipped = answer()
-    moved = [kl_divergence(shipped, answer(noise, seed=seed)) for seed in range(FLOOR_DRAWS if experts else 1)]
-    return Answers(graph=graph, weights=store, drive=steps, shipped=shipped, floor=Floor.of(torch.stack(moved)))
+    floor = measure_floor(answer, shipped, artifact=artifact)
+    return Answers(graph=graph, weights=store, drive=steps, shipped=shipped, floor=floor)
 
 
 def make_goldens(

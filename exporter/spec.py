@@ -111,8 +111,8 @@ class ExpertSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSpec:
-    """How a decoder sees images (Llama 3.2 Vision): a vision transformer over tiles gives states, of which layers of
-    their own between the decoder's take keys and values. Fields have the names of ``vision_config``, but for the
+    """How a decoder looks at images (Llama 3.2 Vision): a vision transformer over tiles gives states, of which layers
+    of their own between the decoder's take keys and values. Fields have the names of ``vision_config``, but for the
     first two."""
 
     cross_attention_layers: tuple[int, ...]
@@ -136,12 +136,8 @@ class ImageSpec:
     """Tiles one above the other and side by side, in the order of their ids, from 1 on."""
 
     def __post_init__(self) -> None:
-        for over, under in (("hidden_size", "attention_heads"), ("image_size", "patch_size")):
-            if getattr(self, over) % getattr(self, under):
-                raise ValueError(
-                    f"{over} ({getattr(self, over)}) of the vision_config must be divisible by {under} "
-                    f"({getattr(self, under)})"
-                )
+        _check_divisible(self, "hidden_size", "attention_heads")
+        _check_divisible(self, "image_size", "patch_size")
         if any(high * wide > self.max_num_tiles for high, wide in self.supported_aspect_ratios):
             raise ValueError(f"max_num_tiles is {self.max_num_tiles}, too few for supported_aspect_ratios")
 
@@ -154,6 +150,78 @@ class ImageSpec:
     def output_size(self) -> int:
         """Channels of a state (``vision_output_dim``)."""
         return self.hidden_size * (1 + len(self.intermediate_layers_indices))
+
+    @property
+    def tiles_at_once(self) -> int:
+        """Tiles that the vision graph reads in a call."""
+        return self.max_num_tiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionSpec:
+    """How a decoder reads images (Llama 4): a vision transformer turns each tile, by itself, into states that stand in
+    the place of tokens, beside the embeddings of others. Fields have the names of ``vision_config``, but for
+    ``image_token_id`` and ``shuffle_step``."""
+
+    image_token_id: int
+    """The token in whose place a state stands."""
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_channels: int
+    image_size: int
+    """Pixels of a side of a tile."""
+    patch_size: int
+    rope_theta: float
+    shuffle_step: int
+    """Patches of a side of the square that becomes one state: 1 / ``pixel_shuffle_ratio``."""
+    projector_output_dim: int
+
+    def __post_init__(self) -> None:
+        _check_divisible(self, "hidden_size", "num_attention_heads")
+        _check_divisible(self, "image_size", "patch_size")
+        if self.head_dim % 4:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) of the vision_config gives each of {self.num_attention_heads} heads "
+                f"{self.head_dim} channels, a multiple of 4 was expected: half of their pairs turn by row and by column"
+            )
+        if self.side % self.shuffle_step:
+            raise ValueError(
+                f"a tile of the vision_config has {self.side} patches a side, which pixel_shuffle_ratio "
+                f"(1/{self.shuffle_step}) does not divide"
+            )
+        if self.intermediate_size != self.hidden_size * self.shuffle_step**2:
+            raise ValueError(
+                f"intermediate_size of the vision_config is {self.intermediate_size}, "
+                f"{self.hidden_size * self.shuffle_step**2} was expected: the channels of a square of patches"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def side(self) -> int:
+        """Patches of a side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tile_states(self) -> int:
+        """What a tile gives: a state for each square of patches."""
+        return (self.side // self.shuffle_step) ** 2
+
+    @property
+    def tiles_at_once(self) -> int:
+        """Tiles that the vision graph reads in a call: no tile looks at another."""
+        return 1
+
+
+def _check_divisible(part: object, over: str, under: str) -> None:
+    if getattr(part, over) % getattr(part, under):
+        raise ValueError(
+            f"{over} ({getattr(part, over)}) of the vision_config must be divisible by {under} ({getattr(part, under)})"
+        )
 
 
 _SIZES = (
@@ -185,7 +253,9 @@ class ModelSpec:
     experts: ExpertSpec | None = None
     """None: of a dense model."""
     images: ImageSpec | None = None
-    """None: of text alone."""
+    """Of layers that look at images; None: there are none."""
+    fusion: FusionSpec | None = None
+    """Of states of images in the place of tokens; None: there are none."""
     layer_numbers: tuple[int, ...] = ()
     """Of the decoder's layers in the checkpoint, by which weights are named, where it counts others among them; empty
     where they are 0, 1, 2, ..."""
@@ -219,6 +289,10 @@ class ModelSpec:
 
         if self.layer_numbers and len(self.layer_numbers) != self.num_hidden_layers:
             raise ValueError(f"{len(self.layer_numbers)} of {self.num_hidden_layers} layers have a number")
+        if self.fusion and self.fusion.image_token_id >= self.num_embeddings:
+            raise ValueError(
+                f"image_token_index is {self.fusion.image_token_id}, a token below {self.num_embeddings} was expected"
+            )
         if self.tie_word_embeddings and self.extra_embeddings:
             raise ValueError(
                 f"tie_word_embeddings is true, but the embedding has {self.extra_embeddings} rows that a head has not"
@@ -227,7 +301,12 @@ class ModelSpec:
     def text_alone(self) -> ModelSpec:
         """The same model for one who shows it no image: layers that look at one are passed over, as transformers does
         without ``pixel_values``."""
-        return replace(self, images=None)
+        return replace(self, images=None, fusion=None)
+
+    @property
+    def vision(self) -> ImageSpec | FusionSpec | None:
+        """What it sees images with, in whichever way; None: it sees none."""
+        return self.images or self.fusion
 
     def without_extra_embeddings(self) -> ModelSpec:
         """The same model for one who reads no token that it does not write."""
@@ -321,6 +400,8 @@ def _weights(spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
         shapes[HEAD] = (len(spec.head_tokens) or spec.vocab_size, hidden)
     if spec.images:
         shapes |= _cross_attention(spec, spec.images) | _vision(spec.images, hidden=hidden)
+    if spec.fusion:
+        shapes |= _fusion(spec.fusion, hidden=hidden)
     return MappingProxyType(shapes)
 
 
@@ -349,7 +430,6 @@ def _vision(images: ImageSpec, *, hidden: int) -> dict[str, tuple[int, ...]]:
     """The patch embedding as the matrix that it is, over the channels, rows and columns of a patch."""
     size, tiles, states = images.hidden_size, images.max_num_tiles, images.tile_states
     ids = len(images.supported_aspect_ratios) + 1  # 0 is no image
-    norm = {"weight": (size,), "bias": (size,)}
     shapes: dict[str, tuple[int, ...]] = {
         "patch_embedding.weight": (size, images.num_channels * images.patch_size**2),
         "class_embedding": (size,),
@@ -358,17 +438,9 @@ def _vision(images: ImageSpec, *, hidden: int) -> dict[str, tuple[int, ...]]:
         "gated_positional_embedding.tile_embedding.weight": (ids, tiles * states * size),
         **{f"{place}_tile_positional_embedding.gate": (1,) for place in ("pre", "post")},
         **{f"{place}_tile_positional_embedding.embedding.weight": (ids, tiles * size) for place in ("pre", "post")},
-        **{f"layernorm_{place}.{part}": shape for place in ("pre", "post") for part, shape in norm.items()},
+        **_norms("layernorm_pre", "layernorm_post", size=size),
     }
-    layer: dict[str, tuple[int, ...]] = {
-        **{f"input_layernorm.{part}": shape for part, shape in norm.items()},
-        **{f"self_attn.{part}_proj.weight": (size, size) for part in "qkvo"},
-        **{f"post_attention_layernorm.{part}": shape for part, shape in norm.items()},
-        "mlp.fc1.weight": (images.intermediate_size, size),
-        "mlp.fc1.bias": (images.intermediate_size,),
-        "mlp.fc2.weight": (size, images.intermediate_size),
-        "mlp.fc2.bias": (size,),
-    }
+    layer = _vision_layer(images)
     for index in range(images.num_hidden_layers):
         shapes |= {f"transformer.layers.{index}.{name}": shape for name, shape in layer.items()}
     gated: dict[str, tuple[int, ...]] = {**layer, "gate_attn": (1,), "gate_ffn": (1,)}
@@ -379,6 +451,40 @@ def _vision(images: ImageSpec, *, hidden: int) -> dict[str, tuple[int, ...]]:
         "multi_modal_projector.weight": (hidden, images.output_size),
         "multi_modal_projector.bias": (hidden,),
     }
+
+
+def _fusion(fusion: FusionSpec, *, hidden: int) -> dict[str, tuple[int, ...]]:
+    """The patch embedding as in ``_vision``."""
+    size, projected = fusion.hidden_size, fusion.projector_output_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "patch_embedding.linear.weight": (size, fusion.num_channels * fusion.patch_size**2),
+        "class_embedding": (size,),
+        "positional_embedding_vlm": (fusion.side**2 + 1, size),
+        **_norms("layernorm_pre", "layernorm_post", size=size),
+    }
+    layer = {**_vision_layer(fusion), **{f"self_attn.{part}_proj.bias": (size,) for part in "qkvo"}}
+    for index in range(fusion.num_hidden_layers):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    shapes["vision_adapter.mlp.fc1.weight"] = (projected, fusion.intermediate_size)
+    shapes["vision_adapter.mlp.fc2.weight"] = (projected, projected)
+    return {
+        **{f"vision_model.{name}": shape for name, shape in shapes.items()},
+        "multi_modal_projector.linear_1.weight": (hidden, projected),
+    }
+
+
+def _vision_layer(vision: ImageSpec | FusionSpec) -> dict[str, tuple[int, ...]]:
+    size, inside = vision.hidden_size, vision.intermediate_size
+    return {
+        **_norms("input_layernorm", "post_attention_layernorm", size=size),
+        **{f"self_attn.{part}_proj.weight": (size, size) for part in "qkvo"},
+        **{"mlp.fc1.weight": (inside, size), "mlp.fc1.bias": (inside,)},
+        **{"mlp.fc2.weight": (size, inside), "mlp.fc2.bias": (size,)},
+    }
+
+
+def _norms(*names: str, size: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.{part}": (size,) for name in names for part in ("weight", "bias")}
 
 
 def _mlps(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:

@@ -52,12 +52,14 @@ class SeeingRunner(Runner, Protocol):
     """One whose model sees images."""
 
     def look(self, image: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Show an image, behind those shown before: the inputs of the vision graph by name. What the decoder takes
-        from it, by the names of that graph's outputs."""
+        """Show an image, behind those shown before: the inputs of the vision graph by name; where that reads one tile
+        at a time, of all tiles. What the decoder takes from it, by the names of that graph's outputs."""
         ...
 
     def feed(self, ids: Sequence[int], *, tiles: Tensor | None = None) -> Tensor:
-        """``tiles`` bool ``[T, M]``: of all images shown, those tiles that each token sees; None: it sees none."""
+        """``tiles`` bool ``[T, M]``: of all images shown, those tiles that each token sees; None: it sees none. Where
+        states of tiles stand in the place of tokens (``FusionSpec``), M are these states, and a token sees the one that
+        stands in its place, or none."""
         ...
 
 

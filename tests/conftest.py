@@ -81,13 +81,22 @@ def make_toy(tmp_path: Path) -> Callable[..., Toy]:
 
 
 def write_toy(folder: Path, *, seed: int = 0, shards: int = 1, **config: Any) -> Toy:
-    """Of Llama, or as ``model_type`` says; of Llama 3.2 Vision's text model with all the rest around it."""
+    """Of Llama, or as ``model_type`` says; of Llama 3.2 Vision's text model with all the rest around it, of Llama 4's
+    where there is a ``vision_config``."""
     torch.manual_seed(seed)
     fields = {"model_type": "llama", **TOY, **config}
-    model = _seeing_model(fields) if fields["model_type"] == "mllama_text_model" else _text_model(fields)
+    made = {"mllama_text_model": _seeing_model, "llama4_text": _fusing_model}.get(fields["model_type"], _text_model)
+    model = made(fields)
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
     model.save_pretrained(folder, max_shard_size=size // shards + 4096)
     return Toy(folder=folder, model=model)
+
+
+def with_tokenizer(toy: Toy) -> Toy:
+    """With the bundled model's tokenizer, whose ids are the first of the vocabulary."""
+    for file in BUNDLED_MODEL.glob("tokenizer*.json"):
+        (toy.folder / file.name).write_bytes(file.read_bytes())
+    return toy
 
 
 def _text_model(fields: dict[str, Any]) -> Any:
@@ -111,6 +120,23 @@ def _seeing_model(fields: dict[str, Any]) -> Any:
         if parameter.numel() == 1 or name.endswith("gate"):
             torch.nn.init.uniform_(parameter, 0.4, 1.2)
         elif parameter.dim() == 1:  # norms and biases, which are ones and zeros
+            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
+    return model
+
+
+def _fusing_model(fields: dict[str, Any]) -> Any:
+    """Where there is a ``vision_config``. Norms and biases there are other than ones and zeros."""
+    if "vision_config" not in fields:
+        return _text_model(fields)
+    from transformers import Llama4Config, Llama4ForConditionalGeneration
+
+    text = {name: value for name, value in fields.items() if name != "vision_config"} | {"tie_word_embeddings": False}
+    config = Llama4Config(
+        text_config=text, vision_config=fields["vision_config"], image_token_index=text["vocab_size"] - 6
+    )
+    model = Llama4ForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.startswith("vision_model.") and parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
     return model
 

@@ -102,6 +102,13 @@ SIZES: dict[tuple[str, str], dict[str, Any]] = {
     },
 }
 
+_LLAMA_4_VISION = {
+    **{"hidden_size": 1408, "intermediate_size": 5632, "num_hidden_layers": 34, "num_attention_heads": 16},
+    **{"image_size": 336, "patch_size": 14, "pixel_shuffle_ratio": 0.5, "rope_theta": 10000, "norm_eps": 1e-5},
+    **{"projector_input_dim": 4096, "projector_output_dim": 4096, "vision_output_dim": 4096, "num_channels": 3},
+    **{"hidden_act": "gelu", "vision_feature_layer": -1, "vision_feature_select_strategy": "default"},
+}
+
 BILLIONS = {"17B-16E": 109.0, "17B-128E": 400.0}
 """Parameters in all, images included, of sizes whose names tell of those that a token meets."""
 
@@ -131,8 +138,11 @@ def config_of(generation: str, size: str) -> dict[str, Any]:
     """The ``config.json`` of a released model."""
     own = {"bos_token_id": 1, "eos_token_id": 2, **GENERATIONS[generation], **SIZES[generation, size]}
     if has_experts(generation):
-        text = {"model_type": "llama4_text", **own}
-        return {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "text_config": text}
+        return {
+            **{"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4"},
+            **{"text_config": {"model_type": "llama4_text", **own}, "image_token_index": 200092},
+            "vision_config": {"model_type": "llama4_vision_model", **_LLAMA_4_VISION},
+        }
     if sees_images(generation):
         return {
             **{"architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama"},
@@ -165,6 +175,16 @@ def toy_config(generation: str, *, heads: int = 4) -> dict[str, Any]:
     }
 
 
+def wide_config(generation: str) -> dict[str, Any]:
+    """``toy_config`` at a width at which it is exported."""
+    config = toy_config(generation, heads=WIDE["num_attention_heads"]) | WIDE
+    if has_experts(generation):
+        config |= {"intermediate_size": 512, "intermediate_size_mlp": 1536, "num_hidden_layers": 4}
+    if sees_images(generation):
+        config |= {"num_hidden_layers": 4, "cross_attention_layers": [1]}
+    return config
+
+
 _TOY_EXPERTS = {
     **{"model_type": "llama4_text", "num_local_experts": 4, "intermediate_size": 96, "intermediate_size_mlp": 160},
     **{"head_dim": 32, "num_hidden_layers": 5, "no_rope_layer_interval": 2, "attention_chunk_size": 16},
@@ -179,6 +199,13 @@ TOY_VISION = {
 }
 """Of a toy that sees images: tiles of four patches."""
 
+TOY_FUSION = {
+    **{"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2},
+    **{"image_size": 56, "patch_size": 14, "projector_input_dim": 48, "projector_output_dim": 48},
+    **{"vision_output_dim": 48, "initializer_range": 0.2},
+}
+"""The same of Llama 4: four states of four patches each."""
+
 PROCESSOR = {
     **{"do_convert_rgb": True, "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True},
     **{"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]},
@@ -186,3 +213,11 @@ PROCESSOR = {
     "image_processor_type": "MllamaImageProcessor",
 }
 """The ``preprocessor_config.json`` of Llama 3.2 Vision."""
+
+FUSION_PROCESSOR = {
+    **{"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "max_patches": 16},
+    **{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 2, "rescale_factor": 1 / 255},
+    **{"resize_to_max_canvas": False, "size": {"height": 336, "width": 336}},
+    **{"image_processor_type": "Llama4ImageProcessorFast", "processor_class": "Llama4Processor"},
+}
+"""The same of Llama 4."""

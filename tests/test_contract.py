@@ -20,14 +20,11 @@ from calibration.rtn import encode, to_scale_grid
 from exporter.bundle import (
     MANIFEST,
     Goldens,
-    Verdicts,
-    describe_bundle,
     file_entries,
     label_of,
     open_bundle,
     read_artifact,
     write_json,
-    write_manifest,
 )
 from exporter.checkpoint import open_checkpoint
 from exporter.cli import app
@@ -36,12 +33,12 @@ from exporter.errors import InputError
 from exporter.model.graph import Constant, Graph
 from exporter.model.reference import Reference
 from exporter.model.trace import trace
-from exporter.parity import FEW_DECODES, drive_for
+from exporter.parity import FEW_DECODES
 from exporter.prove import ask_reference, prove_codes, prove_parity
 from exporter.quantized import QuantizedTensor
 from exporter.spec import Artifact, Plan, Precision, Rule, Sampling, Verdict, WeightScheme
 from exporter.store import StoredWeight, WeightStore
-from exporter.tokenizer import Tokenizer
+from tests.proving import manifest_of_proven
 
 pytestmark = pytest.mark.toolchain
 RUNNER = CliRunner()
@@ -234,21 +231,9 @@ def test_a_body_of_two_precisions_is_proven_and_told_by_its_manifest(name: str, 
     scheme = WeightScheme(body=Precision.INT4, embedding=ends, head=ends, group_size=32, rules=rules)
     checkpoint, target = open_checkpoint(sample), targets.load(name)
     store, _ = quantize(checkpoint, scheme, root=tmp_path / "store")
-    graph, plan = trace(checkpoint.spec), plan_for(sample, name=name, scheme=scheme, folder=tmp_path)
-    plan.out.mkdir()
-    artifact = target.lower(graph, store, plan, plan.out)
-    text = (sample / "evaluation.txt").read_text(encoding="utf-8")
-    answers = ask_reference(graph, store, artifact, drive_for(Tokenizer(sample).encode(text)[:128], context=CONTEXT))
-    codes = prove_codes(target, artifact, expected=weight_digests(store))
-    parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=plan)
-    assert (codes.verdict, parity.verdict) == (Verdict.PASSED, Verdict.PASSED), (codes, parity)
-    verdicts = Verdicts(codes=codes, parity=parity, quality=parity, latency=parity)
-    described = describe_bundle(
-        plan.out, artifact=artifact, checkpoint=checkpoint, calibration={}, remarks=(), verdicts=verdicts
-    )
-    manifest = write_manifest(plan.out, described)
+    plan = plan_for(sample, name=name, scheme=scheme, folder=tmp_path)
+    manifest = manifest_of_proven(target, store, plan, sample=sample)
     assert manifest["scheme"]["rules"] == [{"pattern": pattern, "precision": "int8"} for pattern in IN_PLACES]
-    assert read_artifact(open_bundle(plan.out), path=artifact.path) == artifact
 
 
 AUDITED = [

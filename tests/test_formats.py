@@ -22,9 +22,9 @@ from exporter.cli import app
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace
 from exporter.parity import Drive, drive
-from tests.conftest import Toy, write_toy
-from tests.formats import FORMATS, NOT_READ, REFUSED, toy_for, was_released
-from tests.generations import GENERATIONS, TOY_BOUND, WIDE, toy_config
+from tests.conftest import Toy, with_tokenizer, write_toy
+from tests.formats import FORMATS, REFUSED, toy_for, was_released
+from tests.generations import GENERATIONS, TOY_BOUND, WIDE, toy_config, wide_config
 
 pytestmark = pytest.mark.slow
 
@@ -37,15 +37,14 @@ def test_a_generation_in_a_format_is_the_model_that_transformers_has(
     if not was_released(generation, format):
         pytest.skip("there is no such release")
     record_property("reads", f"{generation} | {format}")
-    if missing := NOT_READ.get((generation, format)):
-        pytest.xfail(missing)
     toy = write_toy(tmp_path / "toy", **toy_for(format, toy_config(generation)))
     written = FORMATS[format](toy)
     checkpoint = open_checkpoint(written.path, adapter=written.adapter)
     reference = Reference(trace(checkpoint.spec), checkpoint, FULL_PRECISION)
     ids = torch.randint(3, 96, (3 * TOY_BOUND,), generator=torch.Generator().manual_seed(1))
     steps = Drive(ids=tuple(ids.tolist()), prefills=(TOY_BOUND + 9, 13))
-    toy.model.load_state_dict({name: weight.float() for name, weight in written.weights.items()}, strict=False)
+    weights = {name: weight.float() for name, weight in written.weights.items()}
+    assert not toy.model.load_state_dict(weights, strict=False).unexpected_keys
     with torch.no_grad():
         expected = toy.model(ids[None]).logits[0][steps.positions]
     assert (drive(reference, steps) - expected).abs().max() < 1e-4
@@ -60,9 +59,7 @@ def write_sample(folder: Path, format: str) -> Toy:
     else:
         model = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype=torch.float32).eval()
         model.save_pretrained(folder)
-    for file in BUNDLED_MODEL.glob("tokenizer*.json"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    return Toy(folder=folder, model=model)
+    return with_tokenizer(Toy(folder=folder, model=model))
 
 
 @pytest.mark.toolchain
@@ -89,3 +86,20 @@ def test_a_format_goes_to_a_target(
     assert result.exit_code in (0, 8), result.output  # what int4 costs is another matter
     manifest = json.loads(result.stdout)[0]["manifest"]
     assert (manifest["codes"]["verdict"], manifest["parity"]["verdict"]) == ("passed", "passed"), manifest["parity"]
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("target", ["executorch", "onnxruntime", "coreml"])
+def test_codes_of_experts_are_kept_on_the_way_to_a_target(target: str, tmp_path: Path) -> None:
+    """What the table has of three tests, seen in one where it is least alike."""
+    written = FORMATS["compressed-tensors int4"](
+        with_tokenizer(write_toy(tmp_path / "toy", **wide_config("Llama 4 Scout")))
+    )
+    words = [str(written.path), "-t", target, "--calibration", "none", "--json"]
+    words += ["-o", str(tmp_path / "out"), "--store", str(tmp_path / "store")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code in (0, 8), result.output
+    manifest = json.loads(result.stdout)[0]["manifest"]
+    assert (manifest["codes"]["verdict"], manifest["parity"]["verdict"]) == ("passed", "passed"), manifest["parity"]
+    (kept,) = manifest["scheme"]["kept"]
+    assert "model.layers.3.feed_forward.experts.3.down_proj.weight" in kept["matrices"]

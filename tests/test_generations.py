@@ -15,14 +15,14 @@ import torch
 from typer.testing import CliRunner
 
 import targets
-from exporter.checkpoint import BUNDLED_MODEL, open_checkpoint
+from exporter.checkpoint import open_checkpoint
 from exporter.checkpoint.config import read_spec
 from exporter.cli import app
 from exporter.errors import InputError
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace
 from exporter.parity import Drive, drive
-from tests.conftest import write_toy
+from tests.conftest import with_tokenizer, write_toy
 from tests.exporter.test_gguf_experts import UNTOLD
 from tests.formats import FORMATS
 from tests.generations import (
@@ -30,11 +30,10 @@ from tests.generations import (
     GENERATIONS,
     SIZES,
     TOY_BOUND,
-    WIDE,
     config_of,
     has_experts,
-    sees_images,
     toy_config,
+    wide_config,
 )
 from tests.readme_table import README, Shown, table
 
@@ -44,14 +43,10 @@ def written(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def text_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a description that is of the text."""
-    own: dict[str, Any] = config.get("text_config", config)
-    return own
-
-
 def as_transformers_wants(config: dict[str, Any]) -> dict[str, Any]:
     """Transformers 5 refuses the number that Scout's release has for true."""
+    if "text_config" in config:
+        return {**config, "text_config": as_transformers_wants(config["text_config"])}
     tuned = {"attn_temperature_tuning": bool(config["attn_temperature_tuning"])} if "floor_scale" in config else {}
     return {**config, **tuned}
 
@@ -65,8 +60,8 @@ def test_a_released_size_has_the_parameters_that_transformers_counts(
     spec = read_spec(written(tmp_path, config_of(generation, size)))
     read = spec.parameters
     own = config_of(generation, size)
-    kind = AutoModelForImageTextToText if sees_images(generation) else AutoModelForCausalLM
-    written(tmp_path, as_transformers_wants(own if sees_images(generation) else text_of(own)))
+    kind = AutoModelForImageTextToText if "vision_config" in own else AutoModelForCausalLM
+    written(tmp_path, as_transformers_wants(own))
     with torch.device("meta"):
         model = kind.from_config(AutoConfig.from_pretrained(tmp_path))
     assert read == model.num_parameters()
@@ -101,10 +96,10 @@ def test_a_released_size_is_inspected_and_traced_in_seconds_and_little_memory(
     generation: str, size: str, tmp_path: Path
 ) -> None:
     """From files of their full length, 810 GB of them, that take no place on the disk."""
-    written(tmp_path, config_of(generation, size))
     config = config_of(generation, size)
-    parameters = write_hollow(tmp_path, as_transformers_wants(config if sees_images(generation) else text_of(config)))
-    if sees_images(generation):  # of which the text part alone is taken
+    written(tmp_path, config)
+    parameters = write_hollow(tmp_path, as_transformers_wants(config))
+    if "vision_config" in config:  # of which the text part alone is taken
         parameters = read_spec(tmp_path).text_alone().parameters
     done = subprocess.run([sys.executable, "-c", STAGES, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -122,9 +117,7 @@ def write_hollow(folder: Path, config: dict[str, Any]) -> int:
     is written; gives their number."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kind = (
-        AutoModelForImageTextToText if "vision_config" in config and "text_config" in config else AutoModelForCausalLM
-    )
+    kind = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
     with torch.device("meta"):
         model = kind.from_config(AutoConfig.for_model(**config))
     header, end = dict[str, Any](), 0
@@ -158,19 +151,13 @@ def test_a_toy_answers_as_transformers_beyond_what_it_was_trained_at(generation:
 def test_a_toy_is_exported_to_every_target(
     generation: str, target: str, record_property: Callable[[str, object], None], tmp_path: Path
 ) -> None:
-    """int4, rounded: codes and parity pass. With the bundled tokenizer, whose ids are the first of the vocabulary."""
+    """int4, rounded: codes and parity pass."""
     record_property("exports", f"{generation} | {target}")
-    config = toy_config(generation, heads=WIDE["num_attention_heads"]) | WIDE
-    if has_experts(generation):
-        config |= {"intermediate_size": 512, "intermediate_size_mlp": 1536, "num_hidden_layers": 4}
-    if has_experts(generation) and target == "gguf":  # llama.cpp takes what the releases have for granted
+    config = wide_config(generation)
+    if target == "gguf" and has_experts(generation):  # llama.cpp takes what the releases have for granted
         config |= UNTOLD
         config |= {} if config["use_qk_norm"] else {"num_local_experts": 128, "intermediate_size": 64}
-    if sees_images(generation):
-        config |= {"num_hidden_layers": 4, "cross_attention_layers": [1]}
-    toy = write_toy(tmp_path / "toy", **config)
-    for file in BUNDLED_MODEL.glob("tokenizer*.json"):
-        (toy.folder / file.name).write_bytes(file.read_bytes())
+    toy = with_tokenizer(write_toy(tmp_path / "toy", **config))
     words = [str(toy.folder), "-t", target, "-p", "int4", "--calibration", "none", "--json"]
     words += ["-o", str(tmp_path / "out"), "--store", str(tmp_path / "store")]
     result = CliRunner().invoke(app, words)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import InputError
-from exporter.spec import MOST, AttentionSpec, ExpertSpec, ImageSpec, ModelSpec, RopeKind, RopeSpec
+from exporter.spec import MOST, AttentionSpec, ExpertSpec, FusionSpec, ImageSpec, ModelSpec, RopeKind, RopeSpec
 
 _ROPE_KEYS = {
     RopeKind.DEFAULT: set(),
@@ -27,6 +27,7 @@ _LAYOUT = (
 )
 
 OF_IMAGES = "this model reads images too: they are left out, its text part is taken"
+OF_IMAGES_TAKEN = f"{OF_IMAGES}; --images takes them"
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -39,7 +40,7 @@ _ARCHITECTURES = {
 _TEXT_CONFIGS = {"llama4": "llama4_text", "mllama": "mllama_text_model"}
 """Of a model_type that has its text_config inside, the model_type of that."""
 
-_IMAGE_TOKENS = 8
+IMAGE_TOKENS = 8
 """Rows that Llama 3.2 Vision's embedding has behind those of the vocabulary (transformers, ``MllamaTextModel``)."""
 
 _MLLAMA_TEXT: dict[str, Any] = {
@@ -56,6 +57,14 @@ _MLLAMA_VISION: dict[str, Any] = {
     "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
 }
 """What transformers' ``MllamaTextConfig`` and ``MllamaVisionConfig`` have where a released config.json says nothing."""
+
+_LLAMA4_VISION: dict[str, Any] = {
+    **{"hidden_size": 768, "intermediate_size": 5632, "num_hidden_layers": 34, "num_attention_heads": 16},
+    **{"num_channels": 3, "image_size": 448, "patch_size": 14, "vision_output_dim": 7680, "hidden_act": "gelu"},
+    **{"projector_input_dim": 4096, "projector_output_dim": 4096, "pixel_shuffle_ratio": 0.5, "rope_theta": 10_000.0},
+    "vision_feature_select_strategy": "default",
+}
+"""The same of ``Llama4VisionConfig``."""
 
 _VISION_SIZES = ("hidden_size", "intermediate_size", "attention_heads", "num_channels", "image_size", "patch_size")
 _VISION_COUNTS = ("num_hidden_layers", "num_global_layers", "max_num_tiles")
@@ -133,8 +142,9 @@ def read_spec(folder: Path) -> ModelSpec:
         )
     bos, eos = _special_tokens(folder, config)
     layers = count_of(path, config, "num_hidden_layers")
-    images = _read_images(path, whole, config, layers=layers) if sees else None
+    images = read_images(path, whole, config, layers=layers) if sees else None
     own = tuple(layer for layer in range(layers) if not images or layer not in images.cross_attention_layers)
+    fusion = _read_fusion(path, whole) if model_type == "llama4" else None
     is_dense = model_type in ("llama", "mllama")
     if not is_dense:
         config = {"rope_theta": 500_000.0, "head_dim": 128, **config}  # Llama4TextConfig of transformers
@@ -157,8 +167,9 @@ def read_spec(folder: Path) -> ModelSpec:
             attention=AttentionSpec() if is_dense else _read_attention(path, config, layers=layers),
             experts=None if is_dense else _read_experts(path, config, layers=layers),
             images=images,
+            fusion=fusion,
             layer_numbers=own if images else (),
-            extra_embeddings=_IMAGE_TOKENS if images else 0,
+            extra_embeddings=IMAGE_TOKENS if images else 0,
         )
     except ValueError as error:
         raise InputError(f"{path}: {error}", hint="check config.json against the original model's") from error
@@ -166,9 +177,10 @@ def read_spec(folder: Path) -> ModelSpec:
 
 def leaves_out(folder: Path) -> str | None:
     """What of a model the spec knows nothing of, in a sentence."""
-    return {"llama4": OF_IMAGES, "mllama": f"{OF_IMAGES}; --images takes them"}.get(
-        str(read_json(folder / "config.json").get("model_type"))
-    )
+    config = read_json(folder / "config.json")
+    if config.get("model_type") not in _TEXT_CONFIGS:
+        return None
+    return OF_IMAGES_TAKEN if config.get("vision_config") else OF_IMAGES
 
 
 def _text_config(path: Path, config: Mapping[str, Any], *, kind: str) -> dict[str, Any]:
@@ -179,8 +191,9 @@ def _text_config(path: Path, config: Mapping[str, Any], *, kind: str) -> dict[st
     return {**outside, **text}
 
 
-def _read_images(path: Path, whole: Mapping[str, Any], text: Mapping[str, Any], *, layers: int) -> ImageSpec:
-    """Of a Llama 3.2 Vision; what is absent has the value of transformers' ``MllamaVisionConfig``."""
+def read_images(path: Path, whole: Mapping[str, Any], text: Mapping[str, Any], *, layers: int) -> ImageSpec:
+    """Of a Llama 3.2 Vision; what is absent has the value of transformers' ``MllamaVisionConfig``. ``text`` tells
+    ``cross_attention_layers``, of ``layers`` in all. Raises InputError."""
     found = whole.get("vision_config")
     if not isinstance(found, dict):
         raise _unknown(path, "vision_config", found, known=["an object"])
@@ -209,10 +222,44 @@ def _read_images(path: Path, whole: Mapping[str, Any], text: Mapping[str, Any], 
             **sizes,
         )
     except ValueError as error:
-        raise InputError(f"{path}: {error}", hint="check config.json against the original model's") from error
+        raise InputError(f"{path}: {error}", hint=f"check {path.name} against the original model's") from error
     if config["vision_output_dim"] != images.output_size:
         raise _unknown(path, "vision_output_dim", config["vision_output_dim"], known=[images.output_size])
     return images
+
+
+def _read_fusion(path: Path, whole: Mapping[str, Any]) -> FusionSpec | None:
+    """Of a Llama 4; None of one whose description tells of no images."""
+    found = whole.get("vision_config")
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise _unknown(path, "vision_config", found, known=["an object"])
+    config = {**_LLAMA4_VISION, **{field: value for field, value in found.items() if value is not None}}
+    rope = config.get("rope_parameters", {})
+    config |= {"rope_theta": rope.get("rope_theta", config["rope_theta"])} if isinstance(rope, dict) else {}
+    for field, known in (("hidden_act", "gelu"), ("vision_feature_select_strategy", "default")):
+        if config[field] != known:
+            raise _unknown(path, f"vision_config.{field}", config[field], known=[known])
+    projected = integer_of(path, config, "projector_output_dim")
+    for field in ("projector_input_dim", "vision_output_dim"):  # one chain of matrices
+        if config[field] != projected:
+            raise _unknown(path, f"vision_config.{field}", config[field], known=[projected])
+    ratio = number_of(path, config, "pixel_shuffle_ratio")
+    if ratio > 1 or (1 / ratio) % 1:
+        raise _unknown(path, "vision_config.pixel_shuffle_ratio", ratio, known=["1, 1/2, 1/4, ..."])
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_channels", "image_size", "patch_size")
+    try:
+        return FusionSpec(
+            image_token_id=integer_of(path, {"image_token_index": 200_092, **whole}, "image_token_index"),
+            num_hidden_layers=count_of(path, config, "num_hidden_layers"),
+            rope_theta=number_of(path, config, "rope_theta"),
+            shuffle_step=round(1 / ratio),
+            projector_output_dim=projected,
+            **{field: integer_of(path, config, field) for field in sizes},
+        )
+    except ValueError as error:
+        raise InputError(f"{path}: {error}", hint="check config.json against the original model's") from error
 
 
 def _are_counts(values: list[Any]) -> bool:

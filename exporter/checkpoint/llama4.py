@@ -1,5 +1,5 @@
-"""Llama 4's tensors as they lie in Hugging Face layout -> those of our graph: the text part alone, each expert by
-itself, heads in the order of Llama."""
+"""Llama 4's tensors as they lie in Hugging Face layout -> those of our graphs: each expert by itself, heads in the
+order of Llama, for text alone without all that is of images."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from exporter.checkpoint.tensors import LazyCodes, LazyTensor, ViewedTensor, halves_of_heads, is_rotated
 from exporter.errors import InputError
 from exporter.quantized import QuantizedTensor
-from exporter.spec import CodeKind, ModelSpec
+from exporter.spec import VISION, CodeKind, ModelSpec
 
 TEXT = "language_model."
-_OF_IMAGES = ("vision_model.", "multi_modal_projector.")
+_TURNED_BY_PLACE = re.compile(r"vision_model\.model\.layers\.\d+\.self_attn\.[qk]_proj\.(weight|bias)")
 _STACKED = re.compile(r"(model\.layers\.\d+\.feed_forward\.experts)\.(gate_up_proj|down_proj)")
 
 
@@ -55,11 +55,15 @@ class TurnedCodes(LazyCodes):
 
 def in_order(name: str, tensor: LazyTensor, spec: ModelSpec) -> LazyTensor:
     """``tensor`` of the weight ``name`` of a Llama 4, a factor of it or its codes: with rows in the order of Llama."""
-    if not is_rotated(name, spec):
+    if spec.fusion and _TURNED_BY_PLACE.fullmatch(name):
+        head_dim = spec.fusion.head_dim
+    elif is_rotated(name, spec):
+        head_dim = spec.head_dim
+    else:
         return tensor
     if isinstance(tensor, LazyCodes):
-        return TurnedCodes(tensor, spec.head_dim)
-    return ViewedTensor(tensor, tensor.shape, partial(_turned, head_dim=spec.head_dim))
+        return TurnedCodes(tensor, head_dim)
+    return ViewedTensor(tensor, tensor.shape, partial(_turned, head_dim=head_dim))
 
 
 def as_in_llama(found: Mapping[str, LazyTensor], spec: ModelSpec) -> dict[str, LazyTensor]:
@@ -72,7 +76,7 @@ def as_in_llama(found: Mapping[str, LazyTensor], spec: ModelSpec) -> dict[str, L
     tensors: dict[str, LazyTensor] = {}
     for stored, tensor in found.items():
         name = stored.removeprefix(TEXT)
-        if name.startswith(_OF_IMAGES):
+        if spec.fusion is None and name.startswith(VISION):
             continue
         if stack := _STACKED.fullmatch(name):
             tensors |= _experts(stored, tensor, spec, place=stack[1], kind=stack[2])
@@ -106,4 +110,5 @@ def _expert(stack: Tensor, *, expert: int, first: int, rows: int) -> Tensor:
 
 
 def _turned(rows: Tensor, *, head_dim: int) -> Tensor:
-    return halves_of_heads(rows, head_dim).reshape(rows.shape)
+    """``[N, K]``, or ``[N]`` of biases."""
+    return halves_of_heads(rows.view(len(rows), -1), head_dim).reshape(rows.shape)

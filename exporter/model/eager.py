@@ -45,7 +45,8 @@ def _image_table(values: Callable[[Weight], Tensor]) -> Table:
         "tanh_gate": lambda x, gate: image_ops.tanh_gate(x, values(gate)),
         "patches": image_ops.patches,
         "prepend": lambda x, state: image_ops.prepend(x, values(state)),
-        "add_position": lambda x, table, gate: image_ops.add_position(x, values(table), values(gate)),
+        "append": lambda x, state: image_ops.append(x, values(state)),
+        "add_position": lambda x, table, gate=None: image_ops.add_position(x, values(table), gate and values(gate)),
         "add_tile_position": lambda x, ratio, table, gate: image_ops.add_tile_position(
             x, ratio, values(table), values(gate)
         ),
@@ -56,6 +57,9 @@ def _image_table(values: Callable[[Weight], Tensor]) -> Table:
         "gelu": F.gelu,
         "concat": lambda *parts: torch.cat(parts, dim=-1),
         "as_heads": image_ops.as_heads,
+        "patch_attention": lambda q, k, v, angles, heads: image_ops.patch_attention(q, k, v, angles.value, heads),
+        "pixel_shuffle": image_ops.pixel_shuffle,
+        "fuse": image_ops.fuse,
     }
 
 

@@ -30,7 +30,8 @@ VOCABULARY = {
     "tanh_gate": "x, gate [1] -> x times its hyperbolic tangent",
     "patches": "pixels [1, M, C, S, S], size -> [M, patches, C*size*size]",
     "prepend": "x [M, N, H], weight [H] -> [M, N + 1, H]",
-    "add_position": "x [M, N, H], weight [N, H], gate [1] -> x",
+    "append": "x [M, N, H], weight [H] -> [M, N + 1, H]",
+    "add_position": "x [M, N, H], weight [N, H], gate [1]? -> x",
     "add_tile_position": "x [M, N, H], ratio int64 [1, 1], weight [ids, M*H or M*N*H], gate [1] -> x",
     "pad_states": "x [M, N, H], count -> [M, count, H]",
     "tile_attention": "q, k, v [M, N, H], tiles int64 [1, 1, M], states, heads -> context",
@@ -39,6 +40,9 @@ VOCABULARY = {
     "gelu": "x -> x, by the error function",
     "concat": "a, b, ... [M, N, H] -> [M, N, H + H + ...]",
     "as_heads": "x [M, N, heads*D], heads -> [1, heads, M*N, D]",
+    "patch_attention": "q, k, v [M, N, heads*D], angles [N, D/2], heads -> context",
+    "pixel_shuffle": "x [M, N, H], step -> [M, N / step^2, step^2*H]",
+    "fuse": "x [1, T, H], states [1, T, H], shown bool [1, T] -> states where shown, else x",
     "spread": "logits [1, T, n], tokens [n], V -> [1, T, V], each at its token, the floor at all others",
 }
 """Every op a graph may hold, with its arguments in the order in which a table's functions receive them; those behind
@@ -100,7 +104,9 @@ class Graph:
     """``ids, past_k.0, past_v.0, ... -> logits, present_k.0, present_v.0, ...`` for one model of any precision.
 
     A decoder that sees images has the inputs ``tiles, cross_k.0, cross_v.0, ...`` too, and a graph beside it gives
-    these: ``pixel_values, aspect_ratio_ids, aspect_ratio_mask -> cross_k.0, cross_v.0, ...``
+    these: ``pixel_values, aspect_ratio_ids, aspect_ratio_mask -> cross_k.0, cross_v.0, ...``. One in which states of
+    images stand in place of tokens has the inputs ``image_states, shown``, and the graph beside it is
+    ``pixel_values -> image_states``.
     """
 
     spec: ModelSpec
@@ -180,7 +186,7 @@ class Program:
     decoder: Graph
     """``text`` itself, where the model sees none."""
     vision: Graph | None = None
-    """What gives ``decoder`` its keys and values of one image."""
+    """What gives ``decoder`` what it takes from one image, or from one tile of it."""
 
 
 def in_slices(graph: Graph, *, limit_bytes: int, multiple: int = 1) -> list[Graph]:
@@ -273,6 +279,10 @@ def _expert(
         return own[Value(add.name)]
 
     return {Value(add.name): table[EXPERT](*(values[a] for a in read), expert, inside)}
+
+
+FUSED = ("image_states", "shown")
+"""Names of what a decoder has of images whose states stand in the place of tokens: the states, and which tokens."""
 
 
 def image_names(count: int) -> tuple[list[str], list[str]]:

@@ -6,9 +6,14 @@ M tiles of an image, each of N states; a graph of the decoder has those of all i
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from exporter.model.rope import rotate
 
 
 @torch.library.custom_op("llama_export::cross_attention", mutates_args=())
@@ -79,14 +84,25 @@ def _(x, state):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], x.shape[1] + 1, x.shape[2])
 
 
+@torch.library.custom_op("llama_export::append", mutates_args=())
+def append(x: Tensor, state: Tensor) -> Tensor:
+    """``x`` [M, N, H] with ``state`` [H] behind each tile's: [M, N + 1, H]."""
+    return torch.cat([x, state.expand(len(x), 1, -1)], dim=1)
+
+
+@append.register_fake
+def _(x, state):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], x.shape[1] + 1, x.shape[2])
+
+
 @torch.library.custom_op("llama_export::add_position", mutates_args=())
-def add_position(x: Tensor, positions: Tensor, gate: Tensor) -> Tensor:
-    """``x`` [M, N, H] with ``positions`` [N, H] added, times 1 - tanh of ``gate`` [1]."""
-    return x + (1 - gate.tanh()) * positions
+def add_position(x: Tensor, positions: Tensor, gate: Tensor | None = None) -> Tensor:
+    """``x`` [M, N, H] with ``positions`` [N, H] added, times 1 - tanh of ``gate`` [1] where there is one."""
+    return x + (positions if gate is None else (1 - gate.tanh()) * positions)
 
 
 @add_position.register_fake
-def _(x, positions, gate):  # type: ignore[no-untyped-def]
+def _(x, positions, gate=None):  # type: ignore[no-untyped-def]
     return torch.empty_like(x)
 
 
@@ -144,3 +160,60 @@ def as_heads(x: Tensor, heads: int) -> Tensor:
 @as_heads.register_fake
 def _(x, heads):  # type: ignore[no-untyped-def]
     return x.new_empty(1, heads, x.shape[0] * x.shape[1], x.shape[2] // heads)
+
+
+@torch.library.custom_op("llama_export::patch_attention", mutates_args=())
+def patch_attention(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, heads: int) -> Tensor:
+    """Every state of a tile looks at every other of its own tile: ``q``, ``k``, ``v`` [M, N, heads*D] ->
+    [M, N, heads*D]. Of each head of a query or key, channels i and i + D/2 are turned by ``angles`` [N, D/2]."""
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [M, heads, N, D]
+    cos, sin = angles.cos(), angles.sin()
+    context = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    return context.transpose(1, 2).flatten(2)
+
+
+@patch_attention.register_fake
+def _(q, k, v, angles, heads):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("llama_export::pixel_shuffle", mutates_args=())
+def pixel_shuffle(x: Tensor, step: int) -> Tensor:
+    """``x`` [M, side*side, H], states of patches row after row -> [M, (side/step)^2, step*step*H]: those of a square of
+    patches, row after row, side by side."""
+    side = math.isqrt(x.shape[1])
+    squares = x.view(len(x), side // step, step, side // step, step, -1).transpose(2, 3)
+    return squares.reshape(len(x), (side // step) ** 2, -1)
+
+
+@pixel_shuffle.register_fake
+def _(x, step):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], x.shape[1] // step**2, x.shape[2] * step**2)
+
+
+@torch.library.custom_op("llama_export::fuse", mutates_args=())
+def fuse(x: Tensor, states: Tensor, shown: Tensor) -> Tensor:
+    """``x`` [B, T, H], with what ``states`` [B, T, H] has in place of each token that ``shown``, bool [B, T], names."""
+    return torch.where(shown.unsqueeze(2), states, x)
+
+
+@fuse.register_fake
+def _(x, states, shown):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+def tiles_of(image: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """An image of M tiles, each by itself: the inputs of a vision graph that reads one at a time."""
+    return [{"pixel_values": tile} for tile in image["pixel_values"].split(1, dim=1)]
+
+
+def in_place(states: Tensor, seen: Tensor | None, *, length: int) -> tuple[Tensor, Tensor]:
+    """What ``fuse`` is given of ``states`` [1, S, H] for T tokens (``length``), of which ``seen``, bool [T, S], names
+    the one that stands in place of each, if any does (None: of none): [1, T, H], zeros where none does, and
+    bool [1, T]."""
+    if seen is None:
+        seen = torch.zeros(length, states.shape[1], dtype=torch.bool)
+    placed = states.new_zeros(1, len(seen), states.shape[2])
+    tokens, chosen = seen.nonzero(as_tuple=True)
+    placed[0, tokens] = states[0, chosen]
+    return placed, seen.any(dim=1).unsqueeze(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from exporter.model.image_ops import cross_attention, tanh_gate, where_seen
+from exporter.model.image_ops import cross_attention, fuse, tanh_gate, where_seen
 from exporter.model.ops import attention, experts, head_norm, route, spread, temper
 from exporter.model.rope import inverse_frequencies
 from exporter.spec import ModelSpec
@@ -143,6 +143,9 @@ Images = tuple[Tensor, list[Tensor], list[Tensor]]
 """Which tiles of all images each token sees, bool ``[1, T, M]``, and what layers that look at them have as keys and
 values, ``[1, KV, M*N, D]`` each."""
 
+Fused = tuple[Tensor, Tensor]
+"""States of images ``[1, T, H]``, and which tokens they stand in the place of, bool ``[1, T]``."""
+
 
 class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
@@ -156,9 +159,17 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
 
     def forward(
-        self, ids: Tensor, past_k: list[Tensor], past_v: list[Tensor], inv_freq: Tensor, images: Images | None
+        self,
+        ids: Tensor,
+        past_k: list[Tensor],
+        past_v: list[Tensor],
+        inv_freq: Tensor,
+        images: Images | None,
+        fused: Fused | None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         x = self.embed_tokens(ids)
+        if fused:
+            x = fuse(x, *fused)
         presents_k, presents_v = [], []
         pasts = zip(past_k, past_v, strict=True)
         tiles, *crossed = images or (None, [], [])
@@ -175,7 +186,7 @@ class Decoder(nn.Module):
 
 class Llama(nn.Module):
     """ids int64 ``[1, T]``, L caches ``[1, KV, P, D]`` of keys and of values -> logits ``[1, T, V]``, grown caches. One
-    that sees images has these as a fourth argument."""
+    that looks at images has these as a fourth argument, one that reads their states among tokens as a fifth."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -190,9 +201,14 @@ class Llama(nn.Module):
         self.register_buffer("head_tokens", tokens, persistent=False)
 
     def forward(
-        self, ids: Tensor, past_k: list[Tensor], past_v: list[Tensor], images: Images | None = None
+        self,
+        ids: Tensor,
+        past_k: list[Tensor],
+        past_v: list[Tensor],
+        images: Images | None = None,
+        fused: Fused | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        x, presents_k, presents_v = self.model(ids, past_k, past_v, self.inv_freq, images)
+        x, presents_k, presents_v = self.model(ids, past_k, past_v, self.inv_freq, images, fused)
         logits = self.lm_head(x)
         if self.head_tokens is not None:
             logits = spread(logits, self.head_tokens, self.vocab_size)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exporter.model.eager import eager_table
-from exporter.model.graph import Constant, Graph, Node, Table, Value, Weight, walk
+from exporter.model.graph import FUSED, Constant, Graph, Node, Table, Value, Weight, walk
+from exporter.model.image_ops import in_place, tiles_of
 from exporter.model.ops import attend
 from exporter.model.rope import recurrent_table, rope_table
 from exporter.model.static import LinearSteps, linear_steps, round_cached, with_static_caches
@@ -33,6 +34,8 @@ fit is dequantized again at each call."""
 BLOCK_BYTES = 64 << 20
 """Of a matrix in float32 at a time: a larger one that is not kept is computed in blocks of rows. (For a few hundred
 tokens, blocks four times smaller took half as long again, and whole matrices no less.)"""
+_AT_ONCE = 16
+"""Rows that BLAS libraries multiply at once, or a multiple of them."""
 
 
 class Weights(Protocol):
@@ -101,26 +104,33 @@ class Reference:
     @torch.no_grad()
     def feed(self, ids: Sequence[int], *, tiles: Tensor | None = None) -> Tensor:
         """Append ``ids`` (T of them) to the cache; float32 logits ``[T, V]``. ``tiles`` bool ``[T, M]``, of the images
-        that were shown, are those that each token sees; None: it sees none."""
-        if tiles is None:
-            tiles = torch.zeros(len(ids), self._tiles, dtype=torch.bool)
-        inputs = {"ids": torch.tensor([list(ids)]), "tiles": tiles.unsqueeze(0), **self._states, **self._caches}
+        that were shown, are those that each token sees, as ``targets.base.SeeingRunner`` has it; None: it sees none."""
+        inputs = {"ids": torch.tensor([list(ids)]), **self._seen(tiles, length=len(ids)), **self._caches}
         outputs = self._graph.run(self._table, inputs)
         logits: Tensor = outputs.pop("logits")
         self._caches = {name.replace("present_", "past_"): value for name, value in outputs.items()}
         return logits[0]
 
+    def _seen(self, tiles: Tensor | None, *, length: int) -> dict[str, Tensor]:
+        """What the decoder has of images, by the names of its inputs; ``tiles`` as for ``feed``."""
+        if self.spec.fusion:
+            return dict(zip(FUSED, in_place(self._states[FUSED[0]], tiles, length=length), strict=True))
+        if tiles is None:
+            tiles = torch.zeros(length, self._tiles, dtype=torch.bool)
+        return {"tiles": tiles.unsqueeze(0), **self._states}
+
     @torch.no_grad()
     def look(self, vision: Graph, image: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the decoder takes from an image, by the names of the outputs of ``vision``; it is shown behind those
-        shown before. ``image``: the inputs of ``vision``."""
-        seen = vision.run(self._table, image)
-        self.show(seen, tiles=image["aspect_ratio_mask"].shape[-1])
+        shown before. ``image``: as ``targets.base.SeeingRunner`` has it."""
+        parts = [vision.run(self._table, part) for part in (tiles_of(image) if self.spec.fusion else [image])]
+        seen = {name: torch.cat([part[name] for part in parts], dim=-2) for name in parts[0]}
+        self.show(seen, tiles=image["pixel_values"].shape[1])
         return seen
 
     def show(self, states: Mapping[str, Tensor], *, tiles: int) -> None:
         """What ``look`` gives of an image of so many tiles, from whatever computed it."""
-        self._states = {name: torch.cat([kept, states[name]], dim=2) for name, kept in self._states.items()}
+        self._states = {name: torch.cat([kept, states[name]], dim=-2) for name, kept in self._states.items()}
         self._tiles += tiles
 
     @torch.no_grad()
@@ -145,6 +155,8 @@ class Reference:
         last_of_layer = {node.layer: node.name for node in nodes if node.layer is not None}
         caches = self._empty_caches(len(ids))
         unseen = {"tiles": torch.zeros(*ids.shape, 0, dtype=torch.bool), **self._no_states(len(ids))}
+        if self.spec.fusion:
+            unseen = dict(zip(FUSED, (torch.zeros(*ids.shape, self.spec.hidden_size), ids < 0), strict=True))
         values = {Value(name): value for name, value in {"ids": ids, **caches, **unseen}.items()}
         walk(
             nodes,
@@ -217,6 +229,8 @@ class Reference:
 
     def _no_states(self, batch: int) -> dict[str, Tensor]:
         spec = self._graph.spec
+        if spec.fusion:
+            return {FUSED[0]: torch.zeros(batch, 0, spec.hidden_size)}
         names = (name for name in self._graph.inputs if name.startswith("cross_"))
         return {name: torch.zeros(batch, spec.num_key_value_heads, 0, spec.head_dim) for name in names}
 
@@ -291,10 +305,11 @@ class _Matrix:
         return values.half().float() if self.dtype == "fp16" else values
 
     def blocks(self, shape: tuple[int, ...]) -> Iterator[slice]:
-        """Of rows; all of them at once where they are floats already."""
+        """Of rows; all at once where they are floats already. None is cut within what BLAS libraries multiply at
+        once: on an AMD EPYC, MKL sums a rest of 10 rows in another order, and gave other bits than of the whole."""
         rows, columns = shape
         whole = isinstance(self.stored, Tensor) and self.stored.dtype == torch.float32
-        step = rows if whole else max(1, BLOCK_BYTES // (4 * columns))
+        step = rows if whole else max(_AT_ONCE, BLOCK_BYTES // (4 * columns) // _AT_ONCE * _AT_ONCE)
         return (slice(start, start + step) for start in range(0, rows, step))
 
 

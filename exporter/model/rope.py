@@ -45,6 +45,18 @@ def rope_table(inv_freq: Tensor, *, first: int, count: int) -> tuple[Tensor, Ten
     return angles.cos(), angles.sin()
 
 
+def patch_angles(*, side: int, head_dim: int, theta: float) -> Tensor:
+    """By how much each pair of channels of a tile's states is turned: float32 ``[side * side + 1, head_dim / 2]`` on
+    the CPU. Half of the pairs turn by the column of a patch, the others by its row, both counted from 1; the state
+    behind the patches, which has no place, not at all (transformers, ``Llama4VisionRotaryEmbedding``)."""
+    with torch.device("cpu"):
+        frequencies = inverse_frequencies(RopeSpec(theta=theta), head_dim=head_dim // 2)
+        places = torch.arange(1, side + 1).float()
+        turns = torch.outer(places, frequencies)  # [side, D/4]
+        grid = torch.cat([turns.expand(side, -1, -1), turns.unsqueeze(1).expand(-1, side, -1)], dim=2)
+        return torch.cat([grid.flatten(0, 1), torch.zeros(1, head_dim // 2)])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotation:
     """Frequencies as llama.cpp is told them: those of the base, divided."""

@@ -11,10 +11,11 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Node as FxNode
 
 from exporter.errors import LoweringError
-from exporter.model.graph import Constant, Graph, Node, Program, Value, Weight, cache_names, image_names
+from exporter.model.fusion import FusedVision
+from exporter.model.graph import FUSED, Constant, Graph, Node, Program, Value, Weight, cache_names, image_names
 from exporter.model.llama import Llama
 from exporter.model.vision import Vision, stored_name
-from exporter.spec import ModelSpec
+from exporter.spec import FusionSpec, ModelSpec
 
 _MAX_LENGTH = 1 << 20
 """Bound of both dynamic lengths (tokens in a call, positions in the cache); each lowering sets its own context."""
@@ -45,6 +46,7 @@ _OPS: dict[Any, tuple[str, Callable[..., tuple[Any, ...]]]] = {
         for name in (
             *("cross_attention", "where_seen", "tanh_gate", "patches", "prepend", "add_position"),
             *("add_tile_position", "pad_states", "tile_attention", "as_heads"),
+            *("append", "patch_attention", "pixel_shuffle", "fuse"),
         )
     },
     torch.ops.llama_export.spread.default: ("spread", lambda logits, tokens, count: (logits, tokens, count)),
@@ -56,7 +58,7 @@ _EXPERTS = torch.ops.llama_export.experts.default
 def trace_program(spec: ModelSpec) -> Program:
     """Every graph of ``spec``."""
     text = trace(spec.text_alone())
-    if spec.images is None:
+    if spec.vision is None:
         return Program(text=text, decoder=text)
     return Program(text=text, decoder=trace(spec), vision=trace_vision(spec))
 
@@ -70,12 +72,17 @@ def trace(spec: ModelSpec) -> Graph:
     if spec.images:
         cross_k, cross_v = image_names(len(spec.images.cross_attention_layers))
         inputs += ["tiles", *cross_k, *cross_v]
+    if spec.fusion:
+        inputs += FUSED
     outputs = ["logits", *(f"present_{name}" for name in keys + values)]
     return _graph(_export(spec), spec, inputs, outputs, stored_name=lambda name: name)
 
 
 def trace_vision(spec: ModelSpec) -> Graph:
-    """What turns one image into the keys and values that the decoder of ``spec`` takes from it, as a Graph."""
+    """What turns one image into the keys and values that the decoder of ``spec`` takes from it, as a Graph; or a tile
+    of one into the states that stand in the place of tokens."""
+    if spec.fusion:
+        return _trace_tile(spec, spec.fusion)
     images = spec.images
     if images is None:
         raise ValueError(f"{spec.name} sees no images")
@@ -89,6 +96,14 @@ def trace_vision(spec: ModelSpec) -> Graph:
     cross_k, cross_v = image_names(len(images.cross_attention_layers))
     inputs = ["pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"]
     return _graph(program, spec, inputs, [*cross_k, *cross_v], stored_name=stored_name)
+
+
+def _trace_tile(spec: ModelSpec, fusion: FusionSpec) -> Graph:
+    with torch.device("meta"):
+        model = FusedVision(spec, fusion).eval()
+        pixels = torch.zeros(1, 1, fusion.num_channels, fusion.image_size, fusion.image_size)
+    program = torch.export.export(model, (pixels,), strict=False)
+    return _graph(program, spec, ["pixel_values"], [FUSED[0]], stored_name=lambda name: name)
 
 
 def _graph(
@@ -130,15 +145,18 @@ def _export(spec: ModelSpec) -> ExportedProgram:
         past = [torch.zeros(1, spec.num_key_value_heads, 5, spec.head_dim) for _ in range(spec.num_hidden_layers)]
         states = [torch.zeros(1, spec.num_key_value_heads, 6, spec.head_dim) for _ in _crossing(spec)]
         tiles = torch.zeros(1, 3, 2, dtype=torch.bool)
+        fused = torch.zeros(1, 3, spec.hidden_size), torch.zeros(1, 3, dtype=torch.bool)
     length, past_length = Dim("length", max=_MAX_LENGTH), Dim("past_length", max=_MAX_LENGTH)
     cache_shapes = [{2: past_length}] * spec.num_hidden_layers
-    arguments: tuple[Any, ...] = (ids, past, [cache.clone() for cache in past])
-    shapes: tuple[Any, ...] = ({1: length}, cache_shapes, cache_shapes)
+    arguments: dict[str, Any] = {"ids": ids, "past_k": past, "past_v": [cache.clone() for cache in past]}
+    shapes: dict[str, Any] = {"ids": {1: length}, "past_k": cache_shapes, "past_v": cache_shapes}
     if states:
         state_shapes = [{2: Dim("states", max=_MAX_LENGTH)}] * len(states)
-        arguments += ((tiles, states, [state.clone() for state in states]),)
-        shapes += (({1: length, 2: Dim("tiles", max=_MAX_LENGTH)}, state_shapes, state_shapes),)
-    return torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
+        arguments["images"] = tiles, states, [state.clone() for state in states]
+        shapes["images"] = {1: length, 2: Dim("tiles", max=_MAX_LENGTH)}, state_shapes, state_shapes
+    if spec.fusion:
+        arguments["fused"], shapes["fused"] = fused, ({1: length}, {1: length})
+    return torch.export.export(model, (), arguments, dynamic_shapes=shapes, strict=False)
 
 
 def _crossing(spec: ModelSpec) -> tuple[int, ...]:
@@ -187,7 +205,7 @@ def _nodes(fx: FxNode, *, known: dict[str, Value | Weight | Constant], spec: Mod
 def _layer(fx: FxNode, spec: ModelSpec) -> int | None:
     """One that looks at images is part of the decoder layer behind it, or of the last."""
     modules = " ".join(path for path, _ in fx.meta.get("nn_module_stack", {}).values())
-    found = re.search(r"model\.layers\.(\d+)", modules)
+    found = re.search(r"(?<![\w.])model\.layers\.(\d+)", modules)  # not those of a vision_model
     if not found or not spec.layer_numbers:
         return int(found.group(1)) if found else None
     behind = sum(number < int(found.group(1)) for number in spec.layer_numbers)

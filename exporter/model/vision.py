@@ -17,7 +17,7 @@ from exporter.model.image_ops import (
     tile_attention,
 )
 from exporter.model.ops import head_norm
-from exporter.spec import LAYERS, ImageSpec, ModelSpec
+from exporter.spec import LAYERS, FusionSpec, ImageSpec, ModelSpec
 
 PADDED_TO = 8
 """States of a tile are padded to a multiple of this."""
@@ -71,8 +71,8 @@ class _SelfAttention(nn.Module):
         return self.o_proj(tile_attention(q, k, v, tiles, self.states, self.heads))
 
 
-class _MLP(nn.Module):
-    def __init__(self, images: ImageSpec) -> None:
+class VisionMLP(nn.Module):
+    def __init__(self, images: ImageSpec | FusionSpec) -> None:
         super().__init__()
         self.fc1 = nn.Linear(images.hidden_size, images.intermediate_size)
         self.fc2 = nn.Linear(images.intermediate_size, images.hidden_size)
@@ -88,7 +88,7 @@ class _Layer(nn.Module):
         self.input_layernorm = nn.LayerNorm(images.hidden_size, eps=images.norm_eps)
         self.self_attn = _SelfAttention(images)
         self.post_attention_layernorm = nn.LayerNorm(images.hidden_size, eps=images.norm_eps)
-        self.mlp = _MLP(images)
+        self.mlp = VisionMLP(images)
         if gated:
             self.gate_attn, self.gate_ffn = (nn.Parameter(torch.empty(1)) for _ in range(2))
 

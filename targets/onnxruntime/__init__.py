@@ -80,10 +80,11 @@ class OnnxRuntimeTarget:
         from targets.onnxruntime.lower import lower
 
         path = out / MODEL
-        if graph.spec.images:
-            from targets.onnxruntime.images import SeeingEmitter
+        if graph.spec.vision:
+            from targets.onnxruntime.images import FusingEmitter, SeeingEmitter
 
-            lower(graph, store, plan, path=path, data_name=DATA, emitter=SeeingEmitter)
+            emitter = FusingEmitter if graph.spec.fusion else SeeingEmitter
+            lower(graph, store, plan, path=path, data_name=DATA, emitter=emitter)
             return make_artifact(self, spec=graph.spec, plan=plan, path=path)  # onnxruntime-genai knows none such
         lower(graph, store, plan, path=path, data_name=DATA)
         config = genai_config(graph.spec, context=plan.context, filename=MODEL)
@@ -91,10 +92,11 @@ class OnnxRuntimeTarget:
         return make_artifact(self, spec=graph.spec, plan=plan, path=path)
 
     def lower_vision(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> None:
-        from targets.onnxruntime.images import VisionEmitter
+        from targets.onnxruntime.images import TileEmitter, VisionEmitter
         from targets.onnxruntime.lower import lower
 
-        lower(graph, store, plan, path=out / VISION, data_name=VISION_DATA, emitter=VisionEmitter)
+        emitter = TileEmitter if graph.spec.fusion else VisionEmitter
+        lower(graph, store, plan, path=out / VISION, data_name=VISION_DATA, emitter=emitter)
 
     def find(self, bundle: Path) -> Path:
         return bundle / MODEL
@@ -103,7 +105,7 @@ class OnnxRuntimeTarget:
         from targets.onnxruntime.read import read_weights
 
         yield from read_weights(artifact.path, artifact.spec)
-        if artifact.spec.images:
+        if artifact.spec.vision:
             yield from read_weights(artifact.path.with_name(VISION), artifact.spec)
 
     def runtime(self) -> str:

@@ -1,5 +1,5 @@
-"""What a model that sees images adds to the table: its decoder's layers that look at them, and ``vision.onnx``, which
-gives these layers their keys and values."""
+"""What a model that sees images adds to the table: its decoder's layers that look at them, or states of theirs in the
+place of tokens; and ``vision.onnx``, which gives the decoder their keys and values, or these states."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from exporter.model.graph import Weight, image_names
+from exporter.model.graph import FUSED, Constant, Weight, image_names
+from exporter.spec import FusionSpec, ImageSpec
 from targets.onnxruntime.lower import FLOAT, INT64, MICROSOFT, Emitter, _value
 from targets.onnxruntime.read import TILES, image_name
 
@@ -17,7 +18,15 @@ BOOL = ir.DataType.BOOL
 _MASKED = float(np.finfo(np.float32).min)
 
 
-class SeeingEmitter(Emitter):
+class _GatedEmitter(Emitter):
+    """What the decoder of a model that looks at images has in common with its vision graph."""
+
+    def _tanh_gate(self, x: ir.Value, gate: Weight) -> ir.Value:
+        result: ir.Value = self._op("Mul", x, self._op("Tanh", self._dense(gate)))
+        return result
+
+
+class SeeingEmitter(_GatedEmitter):
     """A decoder with layers that look at images: inputs ``cross_attention_mask`` bool ``[B, T, M]``, the tiles of all
     images that each token sees, and ``image_key_values.*`` ``[B, KV, M * N, D]``.
 
@@ -37,7 +46,7 @@ class SeeingEmitter(Emitter):
             **super()._table(),
             "cross_attention": self._cross_attention,
             "where_seen": lambda x, tiles: self._op("Mul", x, self._to_float(self._sees_any(tiles))),
-            "tanh_gate": lambda x, gate: self._op("Mul", x, self._op("Tanh", self._dense(gate))),
+            "tanh_gate": self._tanh_gate,
         }
 
     def _cross_attention(
@@ -82,16 +91,127 @@ class SeeingEmitter(Emitter):
         return self._made_once("image mask", make)
 
 
-class VisionEmitter(SeeingEmitter):
+class FusingEmitter(Emitter):
+    """A decoder with states of images in the place of tokens: inputs ``image_states`` float ``[B, T, H]`` and ``shown``
+    bool ``[B, T]``, which tokens these are."""
+
+    def _other_inputs(self) -> dict[str, ir.Value]:
+        shape = ("batch_size", "sequence_length")
+        states = _value(FUSED[0], FLOAT, (*shape, self._graph.spec.hidden_size))
+        return {FUSED[0]: states, FUSED[1]: _value(FUSED[1], BOOL, shape)}
+
+    def _table(self) -> dict[str, Callable[..., Any]]:
+        return {**super()._table(), "fuse": self._fuse}
+
+    def _fuse(self, x: ir.Value, states: ir.Value, shown: ir.Value) -> ir.Value:
+        result: ir.Value = self._op("Where", self._op("Unsqueeze", shown, self._constant([2])), states, x)
+        return result
+
+
+class _PixelEmitter(_GatedEmitter):
+    """What both vision graphs have: patches of M tiles at once, and the ops of a transformer with biases."""
+
+    @property
+    def _vision(self) -> ImageSpec | FusionSpec:
+        vision = self._graph.spec.vision
+        assert vision is not None  # who asks for this emitter has looked
+        return vision
+
+    @property
+    def _tiles(self) -> int:
+        return self._vision.tiles_at_once
+
+    def _pixels(self) -> ir.Value:
+        side = self._vision.image_size
+        return _value("pixel_values", FLOAT, (1, self._tiles, self._vision.num_channels, side, side))
+
+    def _table(self) -> dict[str, Callable[..., Any]]:
+        return {
+            **super()._table(),
+            "patches": self._patches,
+            "layer_norm": self._layer_norm,
+            "bias": lambda x, bias: self._op("Add", x, self._dense(bias)),
+            "gelu": lambda x: self._op("Gelu", x, domain=MICROSOFT),
+        }
+
+    def _patches(self, pixels: ir.Value, size: int) -> ir.Value:
+        channels, side = self._vision.num_channels, self._vision.image_size // size
+        cut = self._op("Reshape", pixels, self._constant([self._tiles, channels, side, size, side, size]))
+        squares = self._op("Transpose", cut, perm=[0, 2, 4, 1, 3, 5])
+        shape = self._constant([self._tiles, side * side, channels * size * size])
+        result: ir.Value = self._op("Reshape", squares, shape)
+        return result
+
+    def _class_state(self, state: Weight) -> ir.Value:
+        """Of each tile: float ``[M, 1, H]``."""
+        shape = self._constant([self._tiles, 1, state.shape[0]])
+        result: ir.Value = self._op("Expand", self._dense(state), shape)
+        return result
+
+    def _first_states(self, x: ir.Value, count: int) -> ir.Value:
+        result: ir.Value = self._op("Slice", x, *(self._constant([bound]) for bound in (0, count, 1)))
+        return result
+
+    def _layer_norm(self, x: ir.Value, weight: Weight, bias: Weight, eps: float) -> ir.Value:
+        gains, shifts = self._dense(weight), self._dense(bias)
+        result: ir.Value = self._op("LayerNormalization", x, gains, shifts, axis=-1, epsilon=eps)
+        return result
+
+
+class TileEmitter(_PixelEmitter):
+    """``pixel_values`` float ``[1, 1, C, S, S]``, a tile as transformers' processor gives it -> ``image_states`` float
+    ``[1, N, H]``."""
+
+    def build(self) -> ir.Model:
+        spec, fusion = self._graph.spec, self._graph.spec.fusion
+        assert fusion is not None  # see _vision
+        pixels = self._pixels()
+        (states,) = self._graph.run(self._table(), {"pixel_values": pixels}).values()
+        states.name, states.dtype = FUSED[0], FLOAT
+        states.shape = ir.Shape((1, fusion.tile_states, spec.hidden_size))
+        return self._model([pixels], [states])
+
+    def _table(self) -> dict[str, Callable[..., Any]]:
+        return {
+            **super()._table(),
+            "append": lambda x, state: self._op("Concat", x, self._class_state(state), axis=1),
+            "pad_states": self._first_states,
+            "add_position": lambda x, table: self._op("Add", x, self._to_float(self._dense(table))),
+            "patch_attention": self._patch_attention,
+            "pixel_shuffle": self._pixel_shuffle,
+        }
+
+    def _patch_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, angles: Constant, heads: int) -> ir.Value:
+        shape = tuple(angles.value.shape)
+        tables = [
+            self._initializer("constant.patch_cos", FLOAT, shape, angles.value.cos),
+            self._initializer("constant.patch_sin", FLOAT, shape, angles.value.sin),
+        ]
+        first = self._constant([0])  # position of the first state; others follow
+        q, k = (self._op("RotaryEmbedding", x, first, *tables, domain=MICROSOFT, num_heads=heads) for x in (q, k))
+        result: ir.Value = self._op("MultiHeadAttention", q, k, v, domain=MICROSOFT, num_heads=heads)
+        return result
+
+    def _pixel_shuffle(self, x: ir.Value, step: int) -> ir.Value:
+        fusion = self._graph.spec.fusion
+        assert fusion is not None  # see _vision
+        side, size = fusion.side // step, fusion.hidden_size
+        cut = self._op("Reshape", x, self._constant([self._tiles, side, step, side, step, size]))
+        squares = self._op("Transpose", cut, perm=[0, 1, 3, 2, 4, 5])
+        result: ir.Value = self._op("Reshape", squares, self._constant([self._tiles, side * side, step * step * size]))
+        return result
+
+
+class VisionEmitter(_PixelEmitter):
     """``pixel_values`` float ``[1, M, C, S, S]``, ``aspect_ratio_ids`` int64 ``[1, 1]``, ``aspect_ratio_mask`` int64
     ``[1, 1, M]``, as transformers' processor gives them of one image -> ``image_key_values.*``."""
 
     def build(self) -> ir.Model:
         spec, images = self._graph.spec, self._graph.spec.images
         assert images is not None
-        tiles, side = images.max_num_tiles, images.image_size
+        tiles = self._tiles
         inputs = {
-            "pixel_values": _value("pixel_values", FLOAT, (1, tiles, images.num_channels, side, side)),
+            "pixel_values": self._pixels(),
             "aspect_ratio_ids": _value("aspect_ratio_ids", INT64, (1, 1)),
             "aspect_ratio_mask": _value("aspect_ratio_mask", INT64, (1, 1, tiles)),
         }
@@ -104,39 +224,15 @@ class VisionEmitter(SeeingEmitter):
     def _table(self) -> dict[str, Callable[..., Any]]:
         return {
             **super()._table(),
-            "patches": self._patches,
-            "prepend": self._prepend,
+            "tanh_gate": self._tanh_gate,
+            "prepend": lambda x, state: self._op("Concat", self._class_state(state), x, axis=1),
+            "pad_states": self._pad_states,
             "add_position": self._add_position,
             "add_tile_position": self._add_tile_position,
-            "pad_states": self._pad_states,
             "tile_attention": self._tile_attention,
-            "layer_norm": self._layer_norm,
-            "bias": lambda x, bias: self._op("Add", x, self._dense(bias)),
-            "gelu": lambda x: self._op("Gelu", x, domain=MICROSOFT),
             "concat": lambda *parts: self._op("Concat", *parts, axis=-1),
             "as_heads": self._as_heads,
         }
-
-    @property
-    def _tiles(self) -> int:
-        assert self._graph.spec.images is not None
-        return self._graph.spec.images.max_num_tiles
-
-    def _patches(self, pixels: ir.Value, size: int) -> ir.Value:
-        images = self._graph.spec.images
-        assert images is not None
-        side = images.image_size // size
-        cut = self._op("Reshape", pixels, self._constant([self._tiles, images.num_channels, side, size, side, size]))
-        squares = self._op("Transpose", cut, perm=[0, 2, 4, 1, 3, 5])
-        result: ir.Value = self._op(
-            "Reshape", squares, self._constant([self._tiles, side * side, images.num_channels * size * size])
-        )
-        return result
-
-    def _prepend(self, x: ir.Value, state: Weight) -> ir.Value:
-        shape = self._constant([self._tiles, 1, state.shape[0]])
-        result: ir.Value = self._op("Concat", self._op("Expand", self._dense(state), shape), x, axis=1)
-        return result
 
     def _add_position(self, x: ir.Value, table: Weight, gate: Weight) -> ir.Value:
         share = self._op("Sub", self._constant(1.0), self._op("Tanh", self._dense(gate)))
@@ -157,9 +253,7 @@ class VisionEmitter(SeeingEmitter):
         images = self._graph.spec.images
         assert images is not None
         if count == images.tile_states:
-            bounds = [self._constant([bound]) for bound in (0, count, 1)]
-            cut: ir.Value = self._op("Slice", x, *bounds)
-            return cut
+            return self._first_states(x, count)
         padding = self._constant([0, 0, 0, 0, count - images.tile_states, 0])
         padded: ir.Value = self._op("Pad", x, padding, self._constant(0.0))
         return padded
@@ -209,11 +303,6 @@ class VisionEmitter(SeeingEmitter):
             return self._op("Unsqueeze", bias, self._constant([0, 1]))
 
         return self._made_once(("padding", tile), make)
-
-    def _layer_norm(self, x: ir.Value, weight: Weight, bias: Weight, eps: float) -> ir.Value:
-        gains, shifts = self._dense(weight), self._dense(bias)
-        result: ir.Value = self._op("LayerNormalization", x, gains, shifts, axis=-1, epsilon=eps)
-        return result
 
     def _as_heads(self, x: ir.Value, heads: int) -> ir.Value:
         split = self._op("Reshape", x, self._constant([1, -1, heads, self._graph.spec.head_dim]))

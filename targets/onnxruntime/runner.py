@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from exporter.errors import LoweringError
-from exporter.model.graph import image_names
+from exporter.model.graph import FUSED, image_names
+from exporter.model.image_ops import in_place, tiles_of
 from exporter.spec import Artifact, ImageSpec, Logits, ModelSpec, Prefer
 from targets.base import BaseRunner
 from targets.onnxruntime import VISION
@@ -45,7 +46,7 @@ class OnnxRuntimeRunner(BaseRunner):
         self._session = self._load(artifact.path)
         self.load_s = time.perf_counter() - started
         spec = artifact.spec
-        self._images = ShownImages(spec, spec.images) if spec.images else None
+        self._images = _shown_images(spec)
         shape = (1, spec.num_key_value_heads, artifact.context, spec.head_dim)
         kept_as = {given.name: _CACHED[given.type] for given in self._session.get_inputs() if given.type in _CACHED}
         self._caches = {
@@ -78,12 +79,14 @@ class OnnxRuntimeRunner(BaseRunner):
         images = self._images
         assert images is not None  # who shows an image has looked at the spec
         session = self._load(self._artifact.path.with_name(VISION))
-        inputs = {name: value.numpy() for name, value in image.items()}
+        names, found = [given.name for given in session.get_outputs()], []
         try:
-            found = session.run(None, inputs)
+            for part in images.parts(image):
+                found.append(session.run(names, {name: value.numpy() for name, value in part.items()}))
         except Exception as error:  # see above
             raise LoweringError(f"ONNX Runtime failed at an image: {error}", hint="export the model again") from error
-        return images.show(dict(zip((given.name for given in session.get_outputs()), found, strict=True)))
+        joined = (np.concatenate(parts, axis=-2) for parts in zip(*found, strict=True))
+        return images.show(dict(zip(names, joined, strict=True)))
 
     def feed(self, ids: Sequence[int], *, tiles: Tensor | None = None) -> Tensor:
         self._check_feed(ids)
@@ -113,8 +116,49 @@ class OnnxRuntimeRunner(BaseRunner):
         del self._session, self._caches, self._images
 
 
-class ShownImages:
-    """What a decoder is given of images (``targets.onnxruntime.images.SeeingEmitter``)."""
+class ShownImages(Protocol):
+    """What a decoder is given of the images that it was shown."""
+
+    def parts(self, image: Mapping[str, Tensor]) -> Sequence[Mapping[str, Tensor]]:
+        """What ``vision.onnx`` is run on, one after the other."""
+        ...
+
+    def show(self, states: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
+        """What it gave of one more image, by the names of the file; the same by ours."""
+        ...
+
+    def inputs(self, tiles: Tensor | None, *, length: int) -> dict[str, npt.NDArray[Any]]:
+        """Of the decoder, beside its tokens, for so many of them; ``tiles`` as for ``feed``."""
+        ...
+
+
+def _shown_images(spec: ModelSpec) -> ShownImages | None:
+    if spec.fusion:
+        return FusedImages(spec)
+    return CrossedImages(spec, spec.images) if spec.images else None
+
+
+class FusedImages:
+    """Of a ``targets.onnxruntime.images.FusingEmitter``."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._states = torch.zeros(1, 0, spec.hidden_size)
+
+    def parts(self, image: Mapping[str, Tensor]) -> Sequence[Mapping[str, Tensor]]:
+        return tiles_of(image)
+
+    def show(self, states: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
+        found = torch.from_numpy(states[FUSED[0]])
+        self._states = torch.cat([self._states, found], dim=1)
+        return {FUSED[0]: found}
+
+    def inputs(self, tiles: Tensor | None, *, length: int) -> dict[str, npt.NDArray[Any]]:
+        placed = in_place(self._states, tiles, length=length)
+        return {name: value.numpy() for name, value in zip(FUSED, placed, strict=True)}
+
+
+class CrossedImages:
+    """Of a ``targets.onnxruntime.images.SeeingEmitter``."""
 
     def __init__(self, spec: ModelSpec, images: ImageSpec) -> None:
         count = len(images.cross_attention_layers)
@@ -124,8 +168,10 @@ class ShownImages:
         )
         self._of_one, self._shown = images.max_num_tiles, 0
 
+    def parts(self, image: Mapping[str, Tensor]) -> Sequence[Mapping[str, Tensor]]:
+        return [image]
+
     def show(self, states: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
-        """The keys and values of one more image, by the names of the file; the same by ours."""
         kept = self._states if self._shown else {name: array[:, :, :0] for name, array in self._states.items()}
         self._states = {name: np.concatenate([kept[name], states[name]], axis=2) for name in self._states}
         self._shown += 1

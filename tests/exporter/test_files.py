@@ -64,6 +64,7 @@ def test_tensors_and_digests_are_what_others_make_of_the_file(tmp_path: Path) ->
     loaded = load_file(path)
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
     assert sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_only_a_disk_that_is_full_is_told_as_one() -> None:

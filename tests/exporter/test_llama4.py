@@ -20,7 +20,7 @@ from exporter.spec import ROUTER, Precision, WeightScheme
 from tests.coded import FORMATS
 from tests.conftest import Toy, write_toy
 from tests.exporter.test_adapter import factors, shapes_of, write_adapter
-from tests.generations import toy_config
+from tests.generations import TOY_FUSION, toy_config
 
 IDS = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(2)).tolist()
 
@@ -36,19 +36,12 @@ def logits_of(folder: Path) -> torch.Tensor:
 
 
 def test_the_text_part_of_a_model_of_images_is_taken_and_the_rest_told(tmp_path: Path) -> None:
-    from transformers import Llama4Config, Llama4ForConditionalGeneration
-
-    torch.manual_seed(0)
-    text = toy_config("Llama 4 Maverick") | {"hidden_size": 64, "initializer_range": 0.2}
-    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
-    vision |= {"vision_output_dim": 32, "image_size": 28, "projector_input_dim": 32, "projector_output_dim": 32}
-    model = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision)).eval()
-    model.save_pretrained(tmp_path)
+    toy = write_toy(tmp_path, **toy_config("Llama 4 Maverick"), vision_config=TOY_FUSION)
     with torch.no_grad():
-        expected = model(input_ids=torch.tensor([IDS])).logits[0]
+        expected = toy.model(input_ids=torch.tensor([IDS])).logits[0]
     assert (logits_of(tmp_path) - expected).abs().max() < 1e-4
     left_out = open_checkpoint(tmp_path).left_out
-    assert left_out == "this model reads images too: they are left out, its text part is taken"
+    assert left_out == "this model reads images too: they are left out, its text part is taken; --images takes them"
 
 
 def test_experts_that_lie_one_by_one_are_the_same_model(scout: Toy) -> None:

@@ -14,23 +14,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import targets
-from exporter.bundle import Verdicts, describe_bundle, open_bundle, read_artifact, write_manifest
+from exporter.bundle import open_bundle
 from exporter.checkpoint import open_checkpoint
 from exporter.cli import app
-from exporter.codes import weight_digests
 from exporter.errors import LoweringError
-from exporter.model.trace import trace
-from exporter.parity import drive_for
 from exporter.planning import plan as make_plan
-from exporter.prove import ask_reference, prove_codes, prove_parity
 from exporter.quantized import QuantizedTensor
-from exporter.spec import Verdict
 from exporter.store import StoreKey, WeightStore
-from exporter.tokenizer import Tokenizer
 from targets.base import arithmetic_for
 from tests.coded import FORMATS, SHUFFLED, choose, write_meta_coded
 from tests.conftest import apply_matmulnbits
 from tests.exporter.test_gguf import named, permuted
+from tests.proving import manifest_of_proven
 
 pytestmark = pytest.mark.toolchain
 
@@ -104,20 +99,7 @@ def test_kept_codes_lie_in_the_artifact_and_it_answers_as_its_reference(
     checkpoint, target = open_checkpoint(path), targets.load(label)
     key = StoreKey(source_sha256="", scheme=plan.scheme)
     store = WeightStore(checkpoint=checkpoint, key=key, root=plan.store).as_computed(arithmetic_for(target, plan))
-    graph = trace(checkpoint.spec)
-    plan.out.mkdir()
-    artifact = target.lower(graph, store, plan, plan.out)
-    text = (sample / "evaluation.txt").read_text(encoding="utf-8")
-    answers = ask_reference(graph, store, artifact, drive_for(Tokenizer(sample).encode(text)[:128], context=CONTEXT))
-    codes = prove_codes(target, artifact, expected=weight_digests(store))
-    parity = prove_parity(target, artifact, answers, graph=graph, store=store, plan=plan)
-    assert (codes.verdict, parity.verdict) == (Verdict.PASSED, Verdict.PASSED), (codes, parity)
-    verdicts = Verdicts(codes=codes, parity=parity, quality=parity, latency=parity)
-    described = describe_bundle(
-        plan.out, artifact=artifact, checkpoint=checkpoint, calibration={}, remarks=(), verdicts=verdicts
-    )
-    write_manifest(plan.out, described)
-    assert read_artifact(open_bundle(plan.out), path=artifact.path) == artifact
+    manifest_of_proven(target, store, plan, sample=sample)
 
 
 @pytest.mark.parametrize(("bits", "group", "columns"), [(4, 32, 96), (4, 64, 128), (8, 32, 96)])
