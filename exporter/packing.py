@@ -161,7 +161,7 @@ def _contents(
         )
     artifact = read_artifact(manifest, path=targets.load(label).find(bundle))
     spec = artifact.spec
-    if spec.images:
+    if spec.vision:
         raise UsageError(
             f"{bundle} takes images, {loader} knows no decoder with such inputs",
             hint="export without --images, or take the whole bundle with --zip",
