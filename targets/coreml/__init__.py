@@ -10,6 +10,7 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,9 +21,10 @@ from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Pr
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
     from exporter.store import StoredWeight, WeightStore
-    from targets.base import Observation, Runner, Target
+    from targets.base import Observation, Runner, SeeingRunner, Target
+    from targets.coreml.lower import Emitter
 
-_PACKAGE = "model.mlpackage"
+_PACKAGE, VISION = "model.mlpackage", "vision.mlpackage"
 COMPUTE_UNITS = ("CPU_AND_GPU", "ALL", "CPU_ONLY", "CPU_AND_NE")
 """Names of ``coremltools.ComputeUnit``. The first is what a package is made for, and the default."""
 
@@ -69,15 +71,26 @@ class CoreMLTarget:
 
     def lower(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> Artifact:
         from targets.base import make_artifact
+        from targets.coreml.images import SeeingEmitter
+        from targets.coreml.lower import DecoderEmitter
+
+        path = self.find(out)
+        self._write(graph, store, plan, path, emitter=SeeingEmitter if graph.spec.images else DecoderEmitter)
+        return make_artifact(self, spec=graph.spec, plan=plan, path=path)
+
+    def lower_vision(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> None:
+        from targets.coreml.images import VisionEmitter
+
+        self._write(graph, store, plan, out / VISION, emitter=VisionEmitter)
+
+    def _write(self, graph: Graph, store: WeightStore, plan: Plan, path: Path, *, emitter: type[Emitter]) -> None:
         from targets.coreml.lower import lower
 
-        arithmetic = self.arithmetic(plan.scheme)
-        path = self.find(out)
-        with folder_in_progress(out, path.stem) as folder:
+        compute_dtype = self.arithmetic(plan.scheme).compute_dtype
+        with folder_in_progress(path.parent, path.stem) as folder:
             unfinished = folder / path.name
-            lower(graph, store, plan, unfinished, compute_dtype=arithmetic.compute_dtype)
+            lower(graph, store, plan, unfinished, compute_dtype=compute_dtype, emitter=emitter)
             put_in_place(unfinished, path)
-        return make_artifact(self, spec=graph.spec, plan=plan, path=path)
 
     def find(self, bundle: Path) -> Path:
         return bundle / _PACKAGE
@@ -94,13 +107,17 @@ class CoreMLTarget:
         return f"MIL evaluator (reference-evaluated, not run by Core ML), package of coremltools {version}"
 
     def open(self, artifact: Artifact, *, threads: int) -> AbstractContextManager[Runner]:
+        return self.open_seeing(artifact, threads=threads, rounding=True)
+
+    def open_seeing(self, artifact: Artifact, *, threads: int, rounding: bool) -> AbstractContextManager[SeeingRunner]:
         """Core ML chooses its own threads; the evaluator is never measured."""
         from targets.coreml.evaluate import Rounding
         from targets.coreml.runner import CoreMLRunner, run_with_core_ml, run_with_evaluator
 
-        if executes_here():
-            return CoreMLRunner(artifact, lambda: run_with_core_ml(artifact.path, compute_units=self._compute_units))
-        return CoreMLRunner(artifact, lambda: run_with_evaluator(artifact.path, Rounding.FP16))
+        if rounding and executes_here():
+            return CoreMLRunner(artifact, partial(run_with_core_ml, compute_units=self._compute_units))
+        mode = Rounding.FP16 if rounding else Rounding.NONE
+        return CoreMLRunner(artifact, partial(run_with_evaluator, rounding=mode))
 
     def on(self, compute_units: str) -> Target:
         if compute_units not in COMPUTE_UNITS:
@@ -129,10 +146,7 @@ class CoreMLTarget:
         plan: Plan,
         scratch: Path,
     ) -> AbstractContextManager[Runner]:
-        from targets.coreml.evaluate import Rounding
-        from targets.coreml.runner import CoreMLRunner, run_with_evaluator
-
-        return CoreMLRunner(artifact, lambda: run_with_evaluator(artifact.path, Rounding.NONE))
+        return self.open_seeing(artifact, threads=plan.threads, rounding=False)
 
     def latency_unmeasurable(self) -> str | None:
         if executes_here():

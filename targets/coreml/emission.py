@@ -122,14 +122,14 @@ def sizes_of(*sizes: int | MilVar) -> MilVar:
     return mb.concat(values=[[size] if isinstance(size, int) else size for size in sizes], axis=0)
 
 
-def refuse_unknown_attention(head_dim: int, *, scale: float, window: int, chunk: int, layer: int) -> None:
+def refuse_unknown_attention(head_dim: int, *, scale: float, window: int, chunk: int, layer: int | None) -> None:
     """scaled_dot_product_attention has no scale of its own, and the mask comes from the app."""
+    op = "'cross_attention'" if layer is None else f"'attention' of layer {layer}"
     found = {"scale": scale, "window": window, "chunk": chunk}
     wanted = {"scale": head_dim**-0.5, "window": 0, "chunk": 0}
     for name, value in found.items():
         if abs(value - wanted[name]) > 1e-9:
             raise LoweringError(
-                f"the Core ML target cannot lower op 'attention' of layer {layer}: "
-                f"{name} is {value:g}, only {wanted[name]:g} works",
+                f"the Core ML target cannot lower op {op}: {name} is {value:g}, only {wanted[name]:g} works",
                 hint="choose another target for this model",
             )

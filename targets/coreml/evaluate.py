@@ -33,6 +33,9 @@ BLOCK_BYTES = 64 << 20
 
 _FLOATS = (MilType.FLOAT16, MilType.FLOAT32)
 _NARROW = (MilType.UINT16, MilType.INT16)
+_MOST_DIMENSIONS = 5
+"""Of a value, but for constants that are decoded: coremltools' pass ``expand_high_rank_reshape_and_transpose`` is there
+because Core ML knows no others."""
 _FREE = {"layer_norm": ("gamma", "beta", "epsilon")}
 """Arguments that may be of another float type than the op's first (iOS 17's ``layer_norm``: type domains T and U)."""
 
@@ -324,13 +327,20 @@ def _matmul(*, x: Tensor, y: Tensor, transpose_x: Tensor, transpose_y: Tensor) -
     return (x.mT if transpose_x else x) @ (y.mT if transpose_y else y)
 
 
-def _layer_norm(*, x: Tensor, axes: Tensor, gamma: Tensor, epsilon: Tensor) -> Tensor:
-    """Over one axis, without an offset; computed whole before its result is rounded."""
+def _layer_norm(*, x: Tensor, axes: Tensor, gamma: Tensor, beta: Tensor | None = None, epsilon: Tensor) -> Tensor:
+    """Over one axis; computed whole before its result is rounded."""
     (axis,) = axes.tolist()
-    if gamma.shape != (x.shape[axis],):
-        raise ValueError(f"gains {list(gamma.shape)} do not fit axis {axis} of {list(x.shape)}")
+    for what, vector in (("gains", gamma), ("offsets", beta)):
+        if vector is not None and vector.shape != (x.shape[axis],):
+            raise ValueError(f"{what} {list(vector.shape)} do not fit axis {axis} of {list(x.shape)}")
     last = x.movedim(axis, -1)
-    return F.layer_norm(last, last.shape[-1:], weight=gamma, eps=float(epsilon)).movedim(-1, axis)
+    return F.layer_norm(last, last.shape[-1:], weight=gamma, bias=beta, eps=float(epsilon)).movedim(-1, axis)
+
+
+def _gelu(*, x: Tensor, mode: str) -> Tensor:
+    if mode != "EXACT":
+        raise ValueError(f"gelu of mode {mode}, EXACT was expected")
+    return F.gelu(x)
 
 
 def _cast(*, x: Tensor, dtype: str) -> Tensor:
@@ -471,12 +481,18 @@ def _last_uses(operations: Sequence[Any], *, keep: set[str]) -> list[list[str]]:
 
 
 def _refuse_what_core_ml_would(package: Package) -> None:
-    """Raises LoweringError for an op outside the table, and for one that mixes float types: no MIL op converts them."""
+    """Raises LoweringError for an op outside the table, one whose result has too many dimensions, and one that mixes
+    float types: none converts them."""
     floats = {value.name: value.type.tensorType.dataType for value in package.inputs if not _is_state(value)}
     for operation in _everywhere(package.operations):
         if operation.type not in ("const", *CODED, *OPS, BRANCH):
             raise _fault(f"MIL op {_describe(operation)} is not one that the evaluator knows: {', '.join(OPS)}")
         floats |= {value.name: value.type.tensorType.dataType for value in operation.outputs}
+        rank = max((len(value.type.tensorType.dimensions) for value in operation.outputs), default=0)
+        if rank > _MOST_DIMENSIONS:
+            raise _fault(
+                f"MIL op {_describe(operation)} has {rank} dimensions, Core ML takes {_MOST_DIMENSIONS} at most"
+            )
         if operation.type == "gather" and any(floats.get(name) in _NARROW for name in _names(operation)):
             raise _fault(f"MIL op {_describe(operation)} looks up rows by 16-bit numbers: they end at 65,535")
         if operation.type == BRANCH:
@@ -507,6 +523,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "equal": _elementwise(torch.eq),
     "expand_dims": _expand_dims,
     "gather": _gather,
+    "gelu": _gelu,
     "greater": _elementwise(torch.gt),
     "greater_equal": _elementwise(torch.ge),
     "identity": lambda *, x: x,
@@ -534,6 +551,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "square": lambda *, x: x * x,
     "squeeze": _squeeze,
     "sub": _elementwise(torch.sub),
+    "tanh": lambda *, x: x.tanh(),
     "tile": lambda *, x, reps: x.repeat(reps.tolist()),
     "topk": _topk,
     "transpose": lambda *, x, perm: x.permute(perm.tolist()),

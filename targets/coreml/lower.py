@@ -11,7 +11,8 @@ rotary embedding always in float32, and the states are always float16, the only 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,44 +37,53 @@ from targets.coreml.emission import (
     sizes_of,
 )
 from targets.coreml.package import finish, mil_name
-from targets.coreml.toolchain import ct, get_new_symbol, mb, types
+from targets.coreml.toolchain import Function, Program, ct, get_new_symbol, mb, types
+
+IDS, MASK, LOGITS = "inputIds", "causalMask", "logits"
+STATES = ("keyCache", "valueCache")
+"""[L, 1, KV, context, D]"""
+
+_OUT_OF_SIGHT = 3e4
+NUMPY: dict[str, Any] = {"fp16": np.float16, "fp32": np.float32, "int32": np.int32}
+_MIL = {"fp16": types.fp16, "int32": types.int32}
 
 
-def lower(graph: Graph, store: WeightStore, plan: Plan, path: Path, *, compute_dtype: str) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feature:
+    """An input. A dimension that is open has a name, and is equal in all inputs that have it."""
+
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+def lower(
+    graph: Graph,
+    store: WeightStore,
+    plan: Plan,
+    path: Path,
+    *,
+    compute_dtype: str,
+    emitter: type[Emitter] | None = None,
+) -> None:
     """Write the package of ``graph`` at ``path``, a new name ending in ``.mlpackage``. Raises LoweringError."""
     with conversion(path):
-        _convert(_program(graph, store, plan, compute_dtype), path, context=plan.context)
+        _convert((emitter or DecoderEmitter)(graph, store, plan, compute_dtype), path)
     finish(path, model_name=graph.spec.name)
 
 
-def _program(graph: Graph, store: WeightStore, plan: Plan, compute_dtype: str) -> Any:
-    length, end = get_new_symbol(), get_new_symbol()
-    cache = (graph.spec.num_hidden_layers, 1, graph.spec.num_key_value_heads, plan.context, graph.spec.head_dim)
-
-    @mb.program(  # type: ignore[untyped-decorator]
-        input_specs=[
-            mb.TensorSpec((1, length), types.int32),
-            mb.TensorSpec((1, 1, length, end), types.fp16),
-            mb.StateTensorSpec(cache, types.fp16),
-            mb.StateTensorSpec(cache, types.fp16),
-        ],
-        opset_version=ct.target.iOS18,
-    )
-    def program(inputIds: MilVar, causalMask: MilVar, keyCache: MilVar, valueCache: MilVar) -> MilVar:  # noqa: N803
-        emitter = _Emitter(store, plan, compute_dtype, ids=inputIds, mask=causalMask)
-        keys, values = State(keyCache), State(valueCache)
-        caches: dict[str, Slot] = {}
-        for layer, (key, value) in enumerate(cache_names(graph.spec.num_hidden_layers)):
-            caches |= {f"past_{key}": Slot(keys, layer), f"past_{value}": Slot(values, layer)}
-        emitter.store_experts(graph)
-        outputs = graph.run(emitter.table(), {"ids": inputIds, **caches})
-        return mb.identity(x=outputs["logits"], name="logits")
-
-    return program
-
-
-def _convert(program: Any, path: Path, *, context: int) -> None:
-    length, end = (ct.RangeDim(1, context, default=1) for _ in range(2))
+def _convert(emitter: Emitter, path: Path) -> None:
+    features, lengths = emitter.features(), emitter.lengths()
+    symbols = {name: get_new_symbol() for name in lengths}
+    specs = {
+        name: mb.TensorSpec(_with_lengths(feature.shape, symbols), _MIL[feature.dtype])
+        for name, feature in features.items()
+    }
+    specs |= {name: mb.StateTensorSpec(shape, types.fp16) for name, shape in emitter.states().items()}
+    with Function(specs, ct.target.iOS18) as function:
+        function.set_outputs(emitter.outputs(function.inputs))
+    program = Program()
+    program.add_function("main", function)
+    ranges = {name: ct.RangeDim(1, most, default=1) for name, most in lengths.items()}
     ct.convert(
         program,
         convert_to="mlprogram",
@@ -85,59 +95,50 @@ def _convert(program: Any, path: Path, *, context: int) -> None:
         skip_model_load=True,
         package_dir=str(path),
         inputs=[
-            ct.TensorType("inputIds", shape=(1, length), dtype=np.int32),
-            ct.TensorType("causalMask", shape=(1, 1, length, end), dtype=np.float16),
+            ct.TensorType(name, shape=_with_lengths(feature.shape, ranges), dtype=NUMPY[feature.dtype])
+            for name, feature in features.items()
         ],
     )
 
 
-_OUT_OF_SIGHT = 3e4
-_NUMPY = {"fp16": np.float16, "fp32": np.float32}
+def _with_lengths(shape: tuple[int | str, ...], lengths: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(lengths[size] if isinstance(size, str) else size for size in shape)
 
 
-class _Emitter:
-    """The table: for each op of the graph, the MIL that computes it."""
+class Emitter:
+    """What programs of ours have in common: their inputs, and the ops that know no text."""
 
-    def __init__(self, store: WeightStore, plan: Plan, compute_dtype: str, *, ids: MilVar, mask: MilVar) -> None:
+    def __init__(self, graph: Graph, store: WeightStore, plan: Plan, compute_dtype: str) -> None:
+        self._graph = graph
         self._store = store
         self._plan = plan
         self._compute = compute_dtype
         self._weights: dict[str, MilVar] = {}
-        self._rope: dict[str, tuple[MilVar, MilVar]] = {}
-        self._masks: dict[tuple[int, int], MilVar] = {}
-        self._temperatures: MilVar | None = None
-        self._mask = cast(mask, compute_dtype)
-        self._length = mb.slice_by_size(x=mb.shape(x=ids), begin=[1], size=[1])  # [1]: T
-        self._end = mb.slice_by_size(x=mb.shape(x=mask), begin=[3], size=[1])  # [1]: E
-        self._position = mb.sub(x=self._end, y=self._length)  # [1]: P
 
-    def table(self) -> Mapping[str, Any]:
+    def features(self) -> dict[str, Feature]:
+        raise NotImplementedError
+
+    def lengths(self) -> dict[str, int]:
+        """Dimensions of features that are open, from 1 up to this."""
+        return {}
+
+    def states(self) -> dict[str, tuple[int, ...]]:
+        """float16"""
+        return {}
+
+    def outputs(self, inputs: Mapping[str, MilVar]) -> list[MilVar]:
+        """Of the graph on values of the features and states, called as an app looks for them."""
+        raise NotImplementedError
+
+    def table(self) -> dict[str, Callable[..., Any]]:
         return {
-            "embedding": self._embedding,
             "linear": self._linear,
-            "rms_norm": self._rms_norm,
             "silu": lambda x: mb.silu(x=x),
             "mul": lambda a, b: mb.mul(x=a, y=b),
             "add": lambda a, b: mb.add(x=a, y=b),
-            "attention": self._attention,
             "head_norm": self._head_norm,
-            "temper": self._temper,
-            "route": self._route,
-            "gate": lambda x, scores, expert: mb.mul(x=x, y=self._of_expert(scores, expert)),
-            "spread": self._spread,
-            EXPERT: self._expert,
+            "tanh_gate": lambda x, gate: mb.mul(x=x, y=cast(self._tanh(gate), self._compute)),
         }
-
-    def store_experts(self, graph: Graph) -> None:
-        """Their weights as constants of the program itself: what lies inside of a branch is seen by that alone."""
-        for node in graph.nodes:
-            if node.expert is not None:
-                for argument in node.arguments:
-                    if isinstance(argument, Weight):
-                        self._weight(argument)
-
-    def _embedding(self, ids: MilVar, weight: Weight) -> MilVar:
-        return cast(mb.gather(x=self._weight(weight), indices=ids, axis=0), self._compute)
 
     def _linear(self, x: MilVar, weight: Weight) -> MilVar:
         """In the dtype of its weight, whatever the dtype around it; what a router gives stays so: float16 would make
@@ -146,22 +147,113 @@ class _Emitter:
         product = mb.linear(x=cast(x, dtype_of(matrix)), weight=matrix)
         return product if weight.name.endswith(ROUTER) else cast(product, self._compute)
 
-    def _rms_norm(self, x: MilVar, weight: Weight, eps: float) -> MilVar:
-        if weight.name == FINAL_NORM and self._plan.logits is Logits.LAST:
-            x = self._last_position(x)
-        return cast(mb.mul(x=self._normal(x, eps), y=self._weight(weight)), self._compute)
-
     def _normal(self, x: MilVar, eps: float) -> MilVar:
         """float32"""
         x = cast(x, "fp32")
         mean_square = mb.reduce_mean(x=mb.square(x=x), axes=[-1], keep_dims=True)
         return mb.mul(x=x, y=mb.rsqrt(x=mean_square, epsilon=np.float32(eps)))
 
-    def _head_norm(self, x: MilVar, head_dim: int, eps: float) -> MilVar:
-        width = x.shape[2]
-        heads = mb.reshape(x=x, shape=sizes_of(1, self._length, width // head_dim, head_dim))
-        normed = cast(self._normal(heads, eps), self._compute)
-        return mb.reshape(x=normed, shape=sizes_of(1, self._length, width))
+    def _head_norm(self, x: MilVar, head_dim: int, eps: float, weight: Weight | None = None) -> MilVar:
+        rows, width = self._rows(x), x.shape[2]
+        normed = self._normal(mb.reshape(x=x, shape=sizes_of(*rows, width // head_dim, head_dim)), eps)
+        if weight:
+            normed = mb.mul(x=normed, y=self._weight(weight))
+        return mb.reshape(x=cast(normed, self._compute), shape=sizes_of(*rows, width))
+
+    def _rows(self, x: MilVar) -> Sequence[int | MilVar]:
+        """The sizes of ``x`` [A, B, H] but the last."""
+        return tuple(x.shape[:2])
+
+    def _number(self, value: float) -> Any:
+        """In the dtype that is computed in: no MIL op mixes two."""
+        return NUMPY[self._compute](value)
+
+    def _tanh(self, gate: Weight) -> MilVar:
+        """float32"""
+        return mb.tanh(x=cast(self._weight(gate), "fp32"))
+
+    def _weight(self, weight: Weight) -> MilVar:
+        """One constant per tensor, however many ops use it, called by a name that the codes are found again by."""
+        if weight.name not in self._weights:
+            self._weights[weight.name] = _constant(weight.name, self._store[weight.name])
+        return self._weights[weight.name]
+
+
+class DecoderEmitter(Emitter):
+    """The table: for each op of the decoder, the MIL that computes it."""
+
+    def __init__(self, graph: Graph, store: WeightStore, plan: Plan, compute_dtype: str) -> None:
+        super().__init__(graph, store, plan, compute_dtype)
+        self._rope: dict[str, tuple[MilVar, MilVar]] = {}
+        self._masks: dict[int, MilVar] = {}
+        self._repeats: dict[str, MilVar] = {}
+        self._temperatures: MilVar | None = None
+        self._mask: MilVar = None
+        self._length: MilVar = None
+        self._end: MilVar = None
+        self._position: MilVar = None
+
+    def features(self) -> dict[str, Feature]:
+        return {
+            IDS: Feature(shape=(1, "length"), dtype="int32"),
+            MASK: Feature(shape=(1, 1, "length", "end"), dtype="fp16"),
+        }
+
+    def lengths(self) -> dict[str, int]:
+        return dict.fromkeys(("length", "end"), self._plan.context)
+
+    def states(self) -> dict[str, tuple[int, ...]]:
+        spec = self._graph.spec
+        cache = (spec.num_hidden_layers, 1, spec.num_key_value_heads, self._plan.context, spec.head_dim)
+        return dict.fromkeys(STATES, cache)
+
+    def outputs(self, inputs: Mapping[str, MilVar]) -> list[MilVar]:
+        self._mask = cast(inputs[MASK], self._compute)
+        self._length = mb.slice_by_size(x=mb.shape(x=inputs[IDS]), begin=[1], size=[1])  # [1]: T
+        self._end = mb.slice_by_size(x=mb.shape(x=inputs[MASK]), begin=[3], size=[1])  # [1]: E
+        self._position = mb.sub(x=self._end, y=self._length)  # [1]: P
+        keys, values = (State(inputs[name]) for name in STATES)
+        given: dict[str, Any] = {"ids": inputs[IDS], **self._other_values(inputs)}
+        for layer, (key, value) in enumerate(cache_names(self._graph.spec.num_hidden_layers)):
+            given |= {f"past_{key}": Slot(keys, layer), f"past_{value}": Slot(values, layer)}
+        self._store_experts()
+        return [mb.identity(x=self._graph.run(self.table(), given)["logits"], name=LOGITS)]
+
+    def _other_values(self, _inputs: Mapping[str, MilVar]) -> dict[str, MilVar]:
+        """What the graph reads besides tokens and caches."""
+        return {}
+
+    def table(self) -> dict[str, Callable[..., Any]]:
+        return {
+            **super().table(),
+            "embedding": self._embedding,
+            "rms_norm": self._rms_norm,
+            "attention": self._attention,
+            "temper": self._temper,
+            "route": self._route,
+            "gate": lambda x, scores, expert: mb.mul(x=x, y=self._of_expert(scores, expert)),
+            "spread": self._spread,
+            EXPERT: self._expert,
+        }
+
+    def _rows(self, x: MilVar) -> Sequence[int | MilVar]:
+        return 1, self._length
+
+    def _store_experts(self) -> None:
+        """Their weights as constants of the program itself: what lies inside of a branch is seen by that alone."""
+        for node in self._graph.nodes:
+            if node.expert is not None:
+                for argument in node.arguments:
+                    if isinstance(argument, Weight):
+                        self._weight(argument)
+
+    def _embedding(self, ids: MilVar, weight: Weight) -> MilVar:
+        return cast(mb.gather(x=self._weight(weight), indices=ids, axis=0), self._compute)
+
+    def _rms_norm(self, x: MilVar, weight: Weight, eps: float) -> MilVar:
+        if weight.name == FINAL_NORM and self._plan.logits is Logits.LAST:
+            x = self._last_position(x)
+        return cast(mb.mul(x=self._normal(x, eps), y=self._weight(weight)), self._compute)
 
     def _temper(self, q: MilVar, _past_k: Slot, floor_scale: int, attn_scale: float) -> MilVar:
         count = self._plan.context
@@ -185,7 +277,7 @@ class _Emitter:
 
     def _spread(self, logits: MilVar, tokens: Constant, vocab_size: int) -> MilVar:
         """Logits of all tokens from those of some and, behind them, one for all others."""
-        floor = _NUMPY[dtype_of(logits)](FLOOR)
+        floor = NUMPY[dtype_of(logits)](FLOOR)
         wider = mb.pad(x=logits, pad=[0, 1], mode="constant", constant_val=floor)
         return mb.gather(x=wider, indices=places(tokens.value, vocab_size).numpy().astype(np.int32), axis=2)
 
@@ -196,7 +288,7 @@ class _Emitter:
         """Passed over where no token of the call chose it."""
         largest = mb.reduce_max(x=self._of_expert(scores, expert), axes=[0, 1, 2], keep_dims=False)
         return mb.cond(
-            pred=mb.greater(x=largest, y=np.dtype(_NUMPY[dtype_of(largest)]).type(0)),
+            pred=mb.greater(x=largest, y=np.dtype(NUMPY[dtype_of(largest)]).type(0)),
             _true_fn=lambda: inside(x, scores, total),
             _false_fn=lambda: mb.identity(x=total),
         )
@@ -226,16 +318,22 @@ class _Emitter:
         if inv_freq:
             q, k = self._rotate(q, inv_freq), self._rotate(k, inv_freq)
         keys, values = self._grow(past_k, k), self._grow(past_v, v)  # [1, KV, E, D]
+        context = self._attend(q, keys, values, kv_heads=kv_heads, mask=self._mask_for(chunk))
+        return context, past_k, past_v
+
+    def _attend(self, q: MilVar, k: MilVar, v: MilVar, *, kv_heads: int, mask: MilVar) -> MilVar:
+        """``q`` [1, H, T, D], ``k`` and ``v`` [1, KV, S, D], ``mask`` [1, 1, T, S] -> [1, T, H*D]."""
+        _, heads, _, head_dim = q.shape
         shared = heads // kv_heads
         # scaled_dot_product_attention does not broadcast heads: queries that share keys lie one after another in T.
         queries = mb.reshape(x=q, shape=sizes_of(1, kv_heads, -1, head_dim)) if shared > 1 else q
         context = mb.scaled_dot_product_attention(
-            query=queries, key=keys, value=values, attn_mask=self._mask_for(shared, chunk)
+            query=queries, key=k, value=v, attn_mask=self._repeated(mask, shared)
         )  # [1, KV, shared*T, D]
         if shared > 1:
             context = mb.reshape(x=context, shape=sizes_of(1, heads, self._length, head_dim))
         context = mb.transpose(x=context, perm=[0, 2, 1, 3])
-        return mb.reshape(x=context, shape=sizes_of(1, self._length, heads * head_dim)), past_k, past_v
+        return mb.reshape(x=context, shape=sizes_of(1, self._length, heads * head_dim))
 
     def _split_heads(self, x: MilVar, count: int) -> MilVar:
         x = mb.reshape(x=x, shape=sizes_of(1, self._length, count, x.shape[2] // count))
@@ -275,11 +373,18 @@ class _Emitter:
         )
         return cast(mb.squeeze(x=filled, axes=[0]), self._compute)
 
-    def _mask_for(self, shared: int, chunk: int) -> MilVar:
-        if (shared, chunk) not in self._masks:
-            mask = mb.add(x=self._mask, y=self._chunk_bias(chunk)) if chunk else self._mask
-            self._masks[shared, chunk] = mb.tile(x=mask, reps=[1, 1, shared, 1]) if shared > 1 else mask
-        return self._masks[shared, chunk]
+    def _mask_for(self, chunk: int) -> MilVar:
+        if chunk not in self._masks:
+            self._masks[chunk] = mb.add(x=self._mask, y=self._chunk_bias(chunk)) if chunk else self._mask
+        return self._masks[chunk]
+
+    def _repeated(self, mask: MilVar, shared: int) -> MilVar:
+        """For so many queries in place of each, made once of a mask."""
+        if shared == 1:
+            return mask
+        if mask.name not in self._repeats:
+            self._repeats[mask.name] = mb.tile(x=mask, reps=[1, 1, shared, 1])
+        return self._repeats[mask.name]
 
     def _chunk_bias(self, chunk: int) -> MilVar:
         """What is added to the app's mask for keys of other chunks, [1, 1, T, E]: 0, or a score of which nothing is
@@ -291,12 +396,6 @@ class _Emitter:
         theirs = mb.slice_by_size(x=chunks[None, None, None], begin=[0, 0, 0, 0], size=sizes_of(1, 1, 1, self._end))
         same = mb.cast(x=mb.equal(x=own, y=theirs), dtype="fp32")  # [1, 1, T, E]
         return cast(mb.mul(x=mb.sub(x=same, y=np.float32(1)), y=np.float32(_OUT_OF_SIGHT)), self._compute)
-
-    def _weight(self, weight: Weight) -> MilVar:
-        """One constant per tensor, however many ops use it, called by a name that the codes are found again by."""
-        if weight.name not in self._weights:
-            self._weights[weight.name] = _constant(weight.name, self._store[weight.name])
-        return self._weights[weight.name]
 
 
 def _constant(name: str, stored: StoredWeight) -> MilVar:

@@ -19,6 +19,7 @@ from exporter.files import sha256
 from exporter.quantized import CodedTensor, PalettizedTensor, QuantizedTensor
 from exporter.spec import Artifact, ModelSpec
 from exporter.store import StoredWeight
+from targets.coreml import VISION
 from targets.coreml.blob import WeightFile
 from targets.coreml.toolchain import MIL_pb2, Model_pb2
 
@@ -70,6 +71,10 @@ class Package:
         self.path = path
         self._folder = path / "Data" / _DATA
 
+    @property
+    def has_states(self) -> bool:
+        return any(value.type.WhichOneof("type") == "stateType" for value in self.inputs)
+
     def key(self, operation: Any) -> tuple[Path, bytes]:
         """Equal for constants of any functions of one package that are the same bytes of its weight file."""
         return self.path, operation.SerializeToString(deterministic=True)
@@ -108,7 +113,8 @@ def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
 
     Raises LoweringError for a compressed constant that is no weight of the model, such as a RoPE table.
     """
-    return weights_in([Package(artifact.path)], artifact.spec)
+    paths = [artifact.path, artifact.path.with_name(VISION)] if artifact.spec.images else [artifact.path]
+    return weights_in(map(Package, paths), artifact.spec)
 
 
 def weights_in(packages: Iterable[Package], spec: ModelSpec) -> Iterator[tuple[str, StoredWeight]]:

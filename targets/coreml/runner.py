@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,16 +12,21 @@ from torch import Tensor
 from exporter.errors import HostError
 from exporter.spec import Artifact
 from targets.base import BaseRunner
+from targets.coreml import VISION
 from targets.coreml.evaluate import Evaluator, Rounding
+from targets.coreml.images import MOST_IMAGES, TILES, image_features, image_name, state_features
+from targets.coreml.lower import IDS, LOGITS, MASK
+from targets.coreml.package import Package
 from targets.coreml.toolchain import ct, quiet
+from targets.images import ShownImages
 
-Predict = Callable[[Tensor, Tensor], Tensor]
-"""Ids int32 [1, T] and mask float16 [1, 1, T, E] -> logits [1, T or 1, V], with the cache grown to E positions."""
+Predict = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""From the features that a package reads, floats of any dtype, to those that it gives; states grow on the way."""
 
 
-def run_with_evaluator(path: Path, rounding: Rounding) -> Predict:
+def run_with_evaluator(path: Path, *, rounding: Rounding) -> Predict:
     evaluator = Evaluator(path, rounding=rounding)
-    return lambda ids, mask: evaluator({"inputIds": ids, "causalMask": mask.float()})["logits"]
+    return lambda features: evaluator(_as(torch.float32, features))
 
 
 def run_with_core_ml(path: Path, *, compute_units: str) -> Predict:
@@ -29,38 +34,61 @@ def run_with_core_ml(path: Path, *, compute_units: str) -> Predict:
     try:
         with quiet():
             model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[compute_units])
-            state = model.make_state()
+            state = model.make_state() if Package(path).has_states else None
     except Exception as error:  # whatever the framework reports
         raise HostError(f"Core ML does not load {path}: {error}", hint="macOS 15 or later is needed") from error
 
-    def predict(ids: Tensor, mask: Tensor) -> Tensor:
-        outputs = model.predict({"inputIds": ids.numpy(), "causalMask": mask.numpy()}, state=state)
-        return torch.from_numpy(outputs["logits"])
+    def predict(features: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        outputs = model.predict(
+            {name: value.numpy() for name, value in _as(torch.float16, features).items()}, state=state
+        )
+        return {name: torch.from_numpy(value) for name, value in outputs.items()}
 
     return predict
 
 
+def _as(dtype: torch.dtype, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Features, floats of them in ``dtype``."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in features.items()}
+
+
 class CoreMLRunner(BaseRunner):
-    """One package with one key-value cache. ``load`` gives the function that predicts, with an empty cache.
+    """One package with one key-value cache; of a model that sees images a second one, once it is shown one. ``load``
+    gives the function that predicts with the package at a path, with an empty cache.
 
     What lies in the cache beyond the current position is never looked at: the mask ends there, and the next call
     writes over it. So rewinding is a matter of the position alone.
     """
 
-    def __init__(self, artifact: Artifact, load: Callable[[], Predict]) -> None:
+    def __init__(self, artifact: Artifact, load: Callable[[Path], Predict]) -> None:
         super().__init__(artifact)
+        self._load = load
         started = time.perf_counter()
-        self._predict: Predict | None = load()
+        self._predict: Predict | None = load(artifact.path)
         self.load_s = time.perf_counter() - started
+        spec = artifact.spec
+        self._images: ShownImages | None = None
+        if spec.images:
+            self._images = ShownImages(spec, spec.images, states=spec.images.tile_states, most=MOST_IMAGES)
 
-    def feed(self, ids: Sequence[int]) -> Tensor:
+    def look(self, image: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """As ``targets.base.SeeingRunner``."""
+        images = self._images
+        assert images is not None  # who shows an image has looked at the spec
+        images.check_room()
+        found = self._load(self._artifact.path.with_name(VISION))(image_features(image))
+        return images.show({name: found[image_name(name)].float().flatten(1, 2)[None] for name in images.states})
+
+    def feed(self, ids: Sequence[int], *, tiles: Tensor | None = None) -> Tensor:
         assert self._predict is not None, "the runner is closed"
         self._check_feed(ids)
         end = self._position + len(ids)
-        tokens = torch.tensor([list(ids)], dtype=torch.int32)
-        mask = causal_mask(self._position, end)
+        features = {IDS: torch.tensor([list(ids)], dtype=torch.int32), MASK: causal_mask(self._position, end)}
+        if self._images:
+            features[TILES] = self._images.seen(tiles, length=len(ids)).float()
+            features |= state_features(self._images.states, tiles=features[TILES].shape[2])
         started = time.perf_counter()
-        logits = self._predict(tokens, mask)
+        logits = self._predict(features)[LOGITS]
         self.steps_s = (time.perf_counter() - started,)
         self._position = end
         return logits[0].float()

@@ -215,8 +215,8 @@ def refused(folder: Path, target: str, **choices: Any) -> str:
 @pytest.mark.parametrize(
     ("target", "choices", "sentence"),
     [
-        ("executorch", {}, "target executorch: it takes no images; those that do: onnxruntime; without --images"),
-        ("coreml", {}, "target coreml: it takes no images"),
+        ("executorch", {}, "target executorch: it takes no images; those that do: onnxruntime, coreml"),
+        ("coreml-ane", {}, "target coreml-ane: it takes no images"),
         ("onnxruntime", {"prefer": "prefill"}, "--prefer prefill has not been tried on a model that sees images"),
         ("onnxruntime", {"kv_cache": "int8"}, "--kv-cache int8 has not been tried on a model that sees images"),
         ("onnxruntime", {"budget_mb": 1.0}, "what a matrix costs is measured on text"),

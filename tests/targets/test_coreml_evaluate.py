@@ -69,6 +69,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         ("layer_norm", {"x": random(*x), "axes": ints(axis), "gamma": random(x[axis]), "epsilon": np.float32(e)})
         for x, axis, e in (((1, 6, 1, 5), 1, 1e-5), ((2, 3, 8), 2, 0.1))
     ),
+    (
+        "layer_norm",
+        {"x": random(2, 3, 8), "axes": ints(-1), "gamma": random(8), "beta": random(8) + 1, "epsilon": np.float32(0.1)},
+    ),
+    *((op, {"x": 4 * random(1, 3, 5), **mode}) for op, mode in (("tanh", {}), ("gelu", {"mode": "EXACT"}))),
     *(
         ("linear", {"x": random(1, t, k), "weight": random(n, k), "bias": random(n)})
         for t, k, n in ((1, 8, 3), (5, 16, 16), (3, 4, 9))
@@ -193,6 +198,13 @@ def test_gains_of_another_length_are_refused() -> None:
     x, axes = torch.zeros(1, 6, 1, 5), torch.tensor([1])
     with pytest.raises(ValueError, match=r"gains \[3\] do not fit axis 1"):
         OPS["layer_norm"](x=x, axes=axes, gamma=torch.ones(3), epsilon=torch.tensor(1e-5))
+    with pytest.raises(ValueError, match=r"offsets \[1\] do not fit axis 1"):
+        OPS["layer_norm"](x=x, axes=axes, gamma=torch.ones(6), beta=torch.ones(1), epsilon=torch.tensor(1e-5))
+
+
+def test_a_gelu_that_is_an_approximation_is_refused() -> None:
+    with pytest.raises(ValueError, match="mode TANH_APPROXIMATION, EXACT was expected"):
+        OPS["gelu"](x=torch.zeros(3), mode="TANH_APPROXIMATION")
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 5, 8)])
@@ -480,6 +492,17 @@ def test_an_op_that_mixes_float_types_is_an_error(saved: Path, tmp_path: Path) -
 
     with pytest.raises(LoweringError, match="mixes FLOAT16, FLOAT32"):
         Evaluator(tampered(saved, tmp_path, feed_the_uncast_product), rounding=Rounding.NONE)
+
+
+def test_a_value_of_more_dimensions_than_core_ml_takes_is_an_error(saved: Path, tmp_path: Path) -> None:
+    def deepen(operation: Any) -> None:
+        if operation.type == "mul":
+            operation.outputs[0].type.tensorType.dimensions.extend(
+                [operation.outputs[0].type.tensorType.dimensions[0]] * 3
+            )
+
+    with pytest.raises(LoweringError, match="has 6 dimensions, Core ML takes 5"):
+        Evaluator(tampered(saved, tmp_path, deepen), rounding=Rounding.NONE)
 
 
 def test_a_value_that_nothing_computes_is_an_error(saved: Path, tmp_path: Path) -> None:
