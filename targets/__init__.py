@@ -44,7 +44,7 @@ EXPERTS = ("executorch", "onnxruntime", "coreml")
 SEEING = ("onnxruntime", "coreml")
 """Labels that take what looks at images (``targets.base.SeeingTarget``)."""
 
-FUSING = ("onnxruntime",)
+FUSING = ("onnxruntime", "coreml")
 """Labels that take images whose states stand in the place of tokens (``spec.FusionSpec``)."""
 
 PRUNED_HEADS = ("executorch", "executorch-portable", "onnxruntime", "coreml")
