@@ -41,7 +41,7 @@ EXPERTS = ("executorch", "onnxruntime", "coreml")
 """Labels that take a model with experts, and attention that differs from layer to layer."""
 
 
-SEEING = ("onnxruntime", "coreml")
+SEEING = ("executorch", "onnxruntime", "coreml")
 """Labels that take what looks at images (``targets.base.SeeingTarget``)."""
 
 FUSING = ("onnxruntime", "coreml")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, ClassVar
 
 from exporter.errors import UsageError
@@ -14,9 +15,15 @@ from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Pr
 if TYPE_CHECKING:
     from exporter.model.graph import Graph
     from exporter.store import StoredWeight, WeightStore
-    from targets.base import Observation, Runner, Target
+    from targets.base import Observation, Runner, SeeingRunner, Target
 
 FILE_NAME = "model.pte"
+VISION = "vision.pte"
+"""Beside it, of a model that sees images."""
+
+MOST_IMAGES = 4
+"""That a decoder can be shown: the mask of its longest call, ``context`` times the states of so many images in float32,
+is planned for. At a context of 2,048 an image of Llama 3.2 Vision is 52 MB of it."""
 
 STRUCTURE_BYTES = 2 << 30
 """Of float32 weights in one program for the structure step. Lowering holds some of them twice, and so does the runtime,
@@ -66,13 +73,27 @@ class ExecuTorchTarget:
         from targets.executorch.lower import write_program
 
         path = out / FILE_NAME
-        write_program(graph, store, path, context=plan.context, logits=plan.logits, kv_cache=plan.kv_cache)
+        if graph.spec.images:
+            from targets.executorch.images import SeeingWalk
+
+            write_program(graph, store, path, context=plan.context, logits=plan.logits, walk=SeeingWalk)
+        else:
+            write_program(graph, store, path, context=plan.context, logits=plan.logits, kv_cache=plan.kv_cache)
         return make_artifact(self, spec=graph.spec, plan=plan, path=path)
+
+    def lower_vision(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> None:
+        from targets.executorch.images import write_vision
+
+        write_vision(graph, store, out / VISION)
 
     def find(self, bundle: Path) -> Path:
         return bundle / FILE_NAME
 
     def read_weights(self, artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
+        if artifact.spec.images:
+            from targets.executorch.images import read_weights as read_both
+
+            return read_both(artifact)
         from targets.executorch.read import read_weights
 
         return read_weights(artifact)
@@ -86,6 +107,18 @@ class ExecuTorchTarget:
         from targets.executorch.runner import ProgramRunner
 
         return ProgramRunner(artifact, threads=threads)
+
+    @contextmanager
+    def open_seeing(self, artifact: Artifact, *, threads: int, rounding: bool) -> Iterator[SeeingRunner]:
+        """Without ``rounding`` lowered again, from what the files hold."""
+        from targets.executorch.images import write_unrounded
+        from targets.executorch.runner import SeeingProgramRunner
+
+        with TemporaryDirectory(prefix="llama-export-") as folder:
+            if not rounding and self._rounds_activations(artifact.scheme):
+                artifact = write_unrounded(artifact, Path(folder))
+            with SeeingProgramRunner(artifact, threads=threads) as runner:
+                yield runner
 
     def on(self, compute_units: str) -> Target:
         raise UsageError(f"--compute-units {compute_units}: XNNPACK runs it on the CPU here", hint="leave it out")

@@ -27,24 +27,36 @@ class Step:
     outputs: tuple[Wire, ...]
 
 
-class Outer(nn.Module):
-    """tokens int64 [1, T], input_pos int64 [1] -> logits float32 [1, T or 1, V]; the caches are buffers."""
+class Steps(nn.Module):
+    """What runs the steps, each on what those before it gave."""
 
-    def __init__(self, steps: Sequence[Step], *, tokens: Wire, start: Wire, logits: Wire, context: int) -> None:
+    def __init__(self, steps: Sequence[Step], *, inputs: Sequence[Wire], outputs: Sequence[Wire]) -> None:
         super().__init__()
         self.modules_in_order = nn.ModuleList(step.module for step in steps)
         self._steps = [(step.inputs, step.outputs) for step in steps]
-        self._tokens, self._start, self._logits, self._context = tokens, start, logits, context
+        self._inputs, self._outputs = tuple(inputs), tuple(outputs)
 
-    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        start = input_pos[0].item()
-        for held in (start >= 0, start < self._context, start + tokens.shape[1] <= self._context):
-            torch._check(held)
-        values: dict[Wire, Any] = {self._tokens: tokens, self._start: start}
+    def forward(self, *given: Any) -> tuple[Tensor, ...]:
+        values: dict[Wire, Any] = dict(zip(self._inputs, given, strict=True))
         for module, (inputs, outputs) in zip(self.modules_in_order, self._steps, strict=True):
             results = module(*[values[wire] for wire in inputs])
             values.update(zip(outputs, results if isinstance(results, tuple | list) else (results,), strict=True))
-        logits: Tensor = values[self._logits]
+        return tuple(values[wire] for wire in self._outputs)
+
+
+class Outer(nn.Module):
+    """tokens int64 [1, T], input_pos int64 [1], what else there is -> logits float32 [1, T or 1, V]; the caches are
+    buffers. Of ``steps`` the first two inputs are the tokens and where they start."""
+
+    def __init__(self, steps: Steps, *, context: int) -> None:
+        super().__init__()
+        self.steps, self._context = steps, context
+
+    def forward(self, tokens: Tensor, input_pos: Tensor, *others: Tensor) -> Tensor:
+        start = input_pos[0].item()
+        for held in (start >= 0, start < self._context, start + tokens.shape[1] <= self._context):
+            torch._check(held)
+        (logits,) = self.steps(tokens, start, *others)
         return logits
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -27,7 +27,7 @@ with border.toolchain("be imported"):
     from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
     from executorch.exir._serialize._program import _get_extended_header
     from executorch.exir.scalar_type import ScalarType
-    from executorch.exir.schema import BackendDelegate, Double, ExecutionPlan, KernelCall, Program
+    from executorch.exir.schema import BackendDelegate, DelegateCall, Double, ExecutionPlan, KernelCall, Program
     from executorch.exir.schema import Tensor as ProgramTensor
 
     from targets.executorch.xnnpack import CODES, NIBBLE_OFFSET, ROW_SCALES, SCALES
@@ -50,20 +50,22 @@ _DTYPES = {
     ScalarType.BOOL: torch.bool,
 }
 
+_CALLS = (KernelCall, DelegateCall)
 _HEADER_BYTES = 64
 _AGAIN = "lower the model again"
 
 
-def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
-    """Every weight in the file under its stored name: the embedding's table first, then what the delegates hold.
+def read_weights(artifact: Artifact, *, elsewhere: Collection[str] = ()) -> Iterator[tuple[str, StoredWeight]]:
+    """Every weight in the file under its stored name: the embedding's table first, then what the delegates hold; of
+    those of the model that are not ``elsewhere``.
 
     Raises LoweringError for a file that is no whole program, or in which a weight is missing or has a wrong size.
     """
     with ProgramFile(artifact.path) as file:
         yield EMBEDDING, _read_embedding(file)
         for name, shape in artifact.spec.weights().items():
-            if name != EMBEDDING or artifact.spec.tie_word_embeddings:
-                yield name, _read_delegated(file, name, shape)
+            if name not in elsewhere and (name != EMBEDDING or artifact.spec.tie_word_embeddings):
+                yield name, read_named(file, name, shape)
 
 
 class ProgramFile:
@@ -172,7 +174,17 @@ def read_table(file: ProgramFile, arguments: Sequence[ProgramTensor], *, bits: i
     return quantized(EMBEDDING, codes, file.constant(arguments[1]), bits=bits)
 
 
-def _read_delegated(file: ProgramFile, name: str, shape: tuple[int, ...]) -> StoredWeight:
+def constants_in_order(file: ProgramFile) -> list[ProgramTensor]:
+    """The float constants of the outer program that are no scalars, each where it is first used."""
+    plan = file.forward
+    used = [i.instr_args.args for c in plan.chains for i in c.instructions if isinstance(i.instr_args, _CALLS)]
+    values = [plan.values[index].val for index in dict.fromkeys(index for args in used for index in args)]
+    held = [value for value in values if file.is_constant(value) and value.sizes]
+    return [value for value in held if _DTYPES[value.scalar_type].is_floating_point]
+
+
+def read_named(file: ProgramFile, name: str, shape: tuple[int, ...]) -> StoredWeight:
+    """What delegates hold of the weight ``name``. Raises LoweringError where there is none, or one of another size."""
     elements = math.prod(shape)
     if name + CODES not in file:
         half = file.size(name) == elements * torch.float16.itemsize

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import NoReturn
@@ -16,9 +16,11 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from exporter.errors import CapacityError, ExportError, LoweringError, MissingToolError
+from exporter.errors import CapacityError, ExportError, InputError, LoweringError, MissingToolError
+from exporter.model.graph import image_names
 from exporter.spec import Artifact, Logits
 from targets.base import BaseRunner
+from targets.executorch import MOST_IMAGES, VISION
 from targets.executorch.border import INSTALL, installed_version
 
 _NATIVE_LINE = re.compile(r"^\[(?P<source>\w+)\.cpp:\d+\] (?P<message>.+)")
@@ -30,6 +32,9 @@ _ONE_POOL = {"OMP_NUM_THREADS": "1"}
 not have; the two pools then wait for each other's cores (2 cores: 4,000 decoded tokens/s with one, 900 with both)."""
 
 _END_TIMEOUT_S = 10
+
+IMAGE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+"""Of ``vision.pte``, in the order in which it takes them."""
 
 
 class ProgramRunner(BaseRunner):
@@ -91,26 +96,32 @@ class ProgramRunner(BaseRunner):
         """In the worker, so that no step waits for the way there and back."""
         return self._call([[token] for token in ids], ids)[0][0]
 
-    def _call(self, calls: list[list[int]], ids: Sequence[int]) -> list[Tensor]:
+    def _call(self, calls: list[list[int]], ids: Sequence[int], *, tiles: Tensor | None = None) -> list[Tensor]:
         self._check_feed(ids)
+        seen = None if tiles is None else tiles.numpy()
+        what = f"{self._artifact.path.name} on {len(ids)} tokens at position {self._position}"
+        outputs = self._ask("feed", (calls, self._position, seen), what=what)
+        self._position += len(ids)
+        return outputs
+
+    def _ask(self, request: str, content: object, *, what: str) -> list[Tensor]:
+        """What the worker answers (``targets.executorch.worker``). Raises LoweringError where it could not run
+        ``what``, or as ``_fail``."""
         self._log_read = self._log_size()
         try:
-            self._connection.send((calls, self._position))
-            kind, content = self._connection.recv()
+            self._connection.send((request, content))
+            kind, found = self._connection.recv()
             if kind == "error":
-                reason = self._reason() or content
                 raise LoweringError(
-                    f"ExecuTorch could not run {self._artifact.path.name} on {len(ids)} tokens "
-                    f"at position {self._position}: {reason}",
+                    f"ExecuTorch could not run {what}: {self._reason() or found}",
                     hint="lower the model again; if it stays so, this is a fault of llama-export: please report it",
                 )
-            shapes, self.steps_s = content
+            shapes, self.steps_s = found
             outputs = [torch.empty(shape) for shape in shapes]
             for output in outputs:
                 self._connection.recv_bytes_into(output.numpy().data.cast("B"))
         except (EOFError, OSError) as error:
             self._fail("run", error)
-        self._position += len(ids)
         return outputs
 
     def close(self) -> None:
@@ -143,6 +154,34 @@ class ProgramRunner(BaseRunner):
 
     def _log_size(self) -> int:
         return os.fstat(self._log.fileno()).st_size
+
+
+class SeeingProgramRunner(ProgramRunner):
+    """One whose model sees images; the worker keeps what the decoder takes from them."""
+
+    def __init__(self, artifact: Artifact, *, threads: int) -> None:
+        super().__init__(artifact, threads=threads)
+        self._shown = 0
+
+    def look(self, image: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """As ``targets.base.SeeingRunner``. Raises InputError for more images than ``MOST_IMAGES``."""
+        images = self._artifact.spec.images
+        assert images is not None  # who shows an image has looked at the spec
+        if self._shown == MOST_IMAGES:
+            raise InputError(
+                f"{self._shown} images were shown, the program takes {MOST_IMAGES}",
+                hint="start anew, and show the last of them only",
+            )
+        path = self._artifact.path.with_name(VISION)
+        content = (str(path), [image[name].numpy() for name in IMAGE_INPUTS])
+        found = self._ask("look", content, what=f"{path.name} on an image")
+        self._shown += 1
+        keys, values = image_names(len(images.cross_attention_layers))
+        states = dict(zip(keys + values, found, strict=True))
+        return {name: state.transpose(1, 2) for name, state in states.items()}  # [1, KV, M * N, D]
+
+    def feed(self, ids: Sequence[int], *, tiles: Tensor | None = None) -> Tensor:
+        return self._call([list(ids)], ids, tiles=tiles)[0][0]
 
 
 def _error_for(status: int, *, verb: str, reason: str, path: Path) -> ExportError:

@@ -4,8 +4,11 @@ A process of its own because native code may abort it, writes its reasons to sta
 pool for good. It answers on the connection of that file descriptor, so whatever native code prints cannot break it:
 
     load_s                                       once, when the program is loaded
-    (calls, position)                            a request: the token ids of each call, and where the first one starts
-    ("outputs", (shapes, seconds)), then bytes   its answer: what the last call gives, one message of float32 for each
+    ("feed", (calls, position, tiles))           a request: the token ids of each call, where the first one starts, and
+                                                 the tiles that each of the tokens sees, bool [T, M] or None
+    ("look", (program, inputs))                  another: the program that an image goes through, and its inputs; those
+                                                 that follow have the image behind those before it
+    ("outputs", (shapes, seconds)), then bytes   an answer: what the last call gives, one message of float32 for each
                                                  shape, the logits first; and the time of each call
     ("error", message)                           or what went wrong; the program stays loaded
 
@@ -39,33 +42,72 @@ def main(program: str, threads: str, descriptor: str) -> None:
     runtime._unsafe_reset_threadpool(int(threads))
     started = time.perf_counter()
     loaded = runtime._load_program(program)
-    method = loaded.load_method("forward")
+    decoder = _Decoder(loaded.load_method("forward"))
     connection.send(time.perf_counter() - started)
     while True:
         try:
-            calls, position = connection.recv()
+            request, content = connection.recv()
         except EOFError:
             return
-        _answer(connection, method, calls, position)
+        try:
+            outputs, steps_s = decoder.feed(*content) if request == "feed" else decoder.look(runtime, *content)
+        except RuntimeError as error:
+            connection.send(("error", str(error)))
+            continue
+        connection.send(("outputs", ([tuple(output.shape) for output in outputs], steps_s)))
+        for output in outputs:
+            connection.send_bytes(output.contiguous().numpy().data.cast("B"))
 
 
-def _answer(connection: Connection, method: Any, calls: list[list[int]], position: int) -> None:
-    inputs = []
-    for ids in calls:
-        inputs.append((torch.tensor([ids]), torch.tensor([position])))
-        position += len(ids)
-    steps_s = []
-    try:
+class _Decoder:
+    """A loaded method, and what it is given of images (``targets.executorch.images.SeeingWalk``). Without one: a tile
+    of zeros, which nobody sees."""
+
+    def __init__(self, method: Any) -> None:
+        self._method = method
+        self._tiles, self._shown, self._states = 0, False, list[torch.Tensor]()
+        _tokens, _start, *largest = _input_sizes(method)
+        if largest:
+            (_, _, tiles), (one, states, *heads), *_ = largest
+            blank = torch.zeros(one, states // tiles, *heads)
+            self._tiles, self._states = 1, [blank] * (len(largest) - 1)
+
+    def feed(self, calls: list[list[int]], position: int, tiles: Any) -> tuple[list[torch.Tensor], list[float]]:
+        inputs, read = [], 0
+        for ids in calls:
+            inputs.append((torch.tensor([ids]), torch.tensor([position]), *self._seen(tiles, read, len(ids))))
+            position, read = position + len(ids), read + len(ids)
+        steps_s = []
         for arguments in inputs:
             started = time.perf_counter()
-            outputs = method(arguments)
+            outputs = self._method(arguments)
             steps_s.append(time.perf_counter() - started)
-    except RuntimeError as error:
-        connection.send(("error", str(error)))
-        return
-    connection.send(("outputs", ([tuple(output.shape) for output in outputs], steps_s)))
-    for output in outputs:
-        connection.send_bytes(output.contiguous().numpy().data.cast("B"))
+        return outputs, steps_s
+
+    def look(self, runtime: Any, program: str, image: list[Any]) -> tuple[list[torch.Tensor], list[float]]:
+        loaded = runtime._load_program(program)
+        method = loaded.load_method("forward")
+        started = time.perf_counter()
+        found = method([torch.from_numpy(array) for array in image])
+        taken_s = time.perf_counter() - started
+        kept = self._states if self._shown else [state[:, :0] for state in self._states]
+        self._states = [torch.cat(pair, dim=1) for pair in zip(kept, found, strict=True)]
+        self._tiles, self._shown = (self._tiles if self._shown else 0) + image[0].shape[1], True
+        return found, [taken_s]
+
+    def _seen(self, tiles: Any, first: int, count: int) -> list[torch.Tensor]:
+        if not self._tiles:
+            return []
+        seen = torch.zeros(count, self._tiles, dtype=torch.bool)
+        if tiles is not None:
+            seen = torch.from_numpy(tiles[first : first + count])
+        return [seen.unsqueeze(0), *self._states]
+
+
+def _input_sizes(method: Any) -> list[tuple[int, ...]]:
+    """Of every input of a method, its largest."""
+    meta = method.method_meta()
+    return [tuple(meta.input_tensor_meta(index).sizes()) for index in range(meta.num_inputs())]
 
 
 def _import_runtime() -> Any:

@@ -103,16 +103,42 @@ class Segment:
         return result
 
     def rms_norm(self, x: Wire, *, name: str, weight: Tensor, eps: float) -> Wire:
-        return self._binary(xnn.XNNMultiply, self.normal(x, eps=eps), self._floats(name, weight, dtype=torch.float32))
+        return self.scale(self.normal(x, eps=eps), name, weight)
 
     def normal(self, x: Wire, *, eps: float) -> Wire:
-        """``x`` over the root mean square of its last dimension. XNNPACK's graph format has no mean: it is a matrix of
-        one row that holds 1/H."""
-        width = x.shape[-1]
-        squares = self._unary(xnn.XNNSquare, x)
-        mean = self.linear(squares, name=f"mean of {width}", weight=torch.full((1, width), 1.0 / width))
+        """``x`` over the root mean square of its last dimension."""
+        mean = self._row_mean(self._unary(xnn.XNNSquare, x))
         shifted = self._binary(xnn.XNNAdd, mean, self._scalar(eps))
         return self._binary(xnn.XNNMultiply, x, self._ids[self._unary(xnn.XNNReciprocalSquareRoot, shifted)])
+
+    def layer_norm(self, x: Wire, *, weight: tuple[str, Tensor], bias: tuple[str, Tensor], eps: float) -> Wire:
+        """``weight`` and ``bias`` float32 [H], each behind its name."""
+        negative_mean = self._row_mean(x, sign=-1)
+        normed = self.normal(self.add(x, negative_mean), eps=eps)
+        return self.bias(self.scale(normed, *weight), *bias)
+
+    def scale(self, x: Wire, name: str, weight: Tensor) -> Wire:
+        """``x`` [..., H] times ``weight`` [H]."""
+        return self._binary(xnn.XNNMultiply, x, self._floats(name, weight, dtype=torch.float32))
+
+    def bias(self, x: Wire, name: str, weight: Tensor) -> Wire:
+        """``x`` [..., H] and ``weight`` [H]."""
+        return self._binary(xnn.XNNAdd, x, self._floats(name, weight, dtype=torch.float32))
+
+    def tanh_gate(self, x: Wire, name: str, gate: Tensor) -> Wire:
+        """``x`` times the hyperbolic tangent of ``gate`` [1]."""
+        opened = self._value(gate.shape)
+        self._node(xnn.XNNTanh(self._floats(name, gate, dtype=torch.float32), opened, 0))
+        return self._binary(xnn.XNNMultiply, x, opened)
+
+    def add_rest(self, x: Wire, y: Wire, name: str, gate: Tensor) -> Wire:
+        """``x`` and 1 - tanh of ``gate`` [1] times ``y``."""
+        rest = self._binary(xnn.XNNSubtract, y, self._use(self.tanh_gate(y, name, gate)))
+        return self.add(x, rest)
+
+    def gelu(self, x: Wire) -> Wire:
+        """By the error function."""
+        return self._unary(xnn.XNNGelu, x)
 
     def silu(self, x: Wire) -> Wire:
         return self.multiply(x, self._unary(xnn.XNNSigmoid, x))
@@ -136,6 +162,11 @@ class Segment:
         """[1, T, heads, D] -> [1, T, heads * D]."""
         one, length, heads, width = x.shape
         return self._reshape(x, (one, length, heads * width))
+
+    def as_heads(self, x: Wire, heads: int) -> Wire:
+        """[M, N, heads * D] -> [1, M * N, heads, D]."""
+        count, length, width = x.shape
+        return self._reshape(x, (1, count * length, heads, width // heads))
 
     def rotate(self, x: Wire, *, cos: Wire, sin: Wire) -> Wire:
         """``x`` [1, T, heads, D] turned by tables [1, T, 1, D] = [cos, cos] and [-sin, sin], as in ``rope.rotate``."""
@@ -200,6 +231,12 @@ class Segment:
                 shape, datatype=datatype, buffer=self._buffer(key, data), quantization=quantization
             )
         return self._constant_ids[key]
+
+    def _row_mean(self, x: Wire, *, sign: int = 1) -> Wire:
+        """[..., H] -> [..., 1]. XNNPACK's graph format has no mean: it is a matrix of one row that holds 1/H."""
+        width = x.shape[-1]
+        name = f"mean of {width}" if sign > 0 else f"negative mean of {width}"
+        return self.linear(x, name=name, weight=torch.full((1, width), sign / width))
 
     def _codes(self, weight: QuantizedTensor) -> int:
         datatype = _codes_datatype(weight)

@@ -215,9 +215,14 @@ def refused(folder: Path, target: str, **choices: Any) -> str:
 @pytest.mark.parametrize(
     ("target", "choices", "sentence"),
     [
-        ("executorch", {}, "target executorch: it takes no images; those that do: onnxruntime, coreml"),
+        (
+            "executorch-portable",
+            {},
+            "it takes no images; those that do: executorch, onnxruntime, coreml; without --images",
+        ),
         ("coreml-ane", {}, "target coreml-ane: it takes no images"),
         ("onnxruntime", {"prefer": "prefill"}, "--prefer prefill has not been tried on a model that sees images"),
+        ("executorch", {"kv_cache": "int8"}, "--kv-cache int8 has not been tried on a model that sees images"),
         ("onnxruntime", {"kv_cache": "int8"}, "--kv-cache int8 has not been tried on a model that sees images"),
         ("onnxruntime", {"budget_mb": 1.0}, "what a matrix costs is measured on text"),
     ],

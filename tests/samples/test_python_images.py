@@ -15,6 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import targets
 from exporter.checkpoint import BUNDLED_MODEL
 from exporter.cli import app
 from tests.conftest import Toy, with_tokenizer, write_toy
@@ -94,8 +95,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return toy
 
 
-def exported(toy: Toy, out: Path, *words: str) -> dict[str, Any]:
-    asked = [str(toy.folder), "-t", "onnxruntime", "--images", "--json", "-o", str(out), "--store", str(out / "store")]
+def exported(toy: Toy, out: Path, *words: str, target: str = "onnxruntime") -> dict[str, Any]:
+    asked = [str(toy.folder), "-t", target, "--images", "--json", "-o", str(out), "--store", str(out / "store")]
     result = CliRunner().invoke(app, [*asked, *words])
     assert result.exit_code in (0, 8), result.output  # what int4 costs a random model is another matter
     manifest: dict[str, Any] = json.loads(result.stdout)[0]["manifest"]
@@ -128,18 +129,22 @@ def test_the_artifact_answers_to_a_picture_as_transformers_does(sample: Any, toy
 
 @pytest.mark.slow
 @pytest.mark.toolchain
+@pytest.mark.parametrize("target", targets.SEEING)
 @pytest.mark.parametrize("calibration", ["none", str(BUNDLED_MODEL / "calibration.txt")])
-def test_a_model_that_sees_images_is_exported_and_proven_again(calibration: str, toy: Toy, tmp_path: Path) -> None:
+def test_a_model_that_sees_images_is_exported_and_proven_again(
+    target: str, calibration: str, toy: Toy, tmp_path: Path
+) -> None:
     words = [] if calibration == "none" else ["--windows", "2", "--window-length", "32"]
-    manifest = exported(toy, tmp_path, "-p", "int4", "--calibration", calibration, *words)
+    manifest = exported(toy, tmp_path, "-p", "int4", "--calibration", calibration, *words, target=target)
     for verdict in ("codes", "parity", "images"):
         assert manifest[verdict]["verdict"] == "passed", manifest[verdict]
     assert manifest["images"]["structure_max_abs_logit_diff"] < 1e-4
-    folder = next(tmp_path.glob("onnxruntime*"))
+    folder = next(tmp_path.glob(f"{target}*"))
     words = ["validate", str(folder), "--store", str(tmp_path / "store"), "--json"]
     alone = json.loads(CliRunner().invoke(app, words).stdout)[0]["manifest"]
-    packed = ["bundle", str(folder), "--for", "onnxruntime-mobile", "--out", str(tmp_path / "packed")]
-    assert "onnxruntime-mobile knows no decoder with such inputs" in CliRunner().invoke(app, packed).stderr
+    loader = {"onnxruntime": "onnxruntime-mobile", "executorch": "executorch-android"}[target]
+    packed = ["bundle", str(folder), "--for", loader, "--out", str(tmp_path / "packed")]
+    assert f"{loader} knows no decoder with such inputs" in CliRunner().invoke(app, packed).stderr
     assert (alone["codes"]["verdict"], alone["images"]["verdict"]) == ("passed", "not measured")
     assert alone["images"]["reason"] == "an image needs the checkpoint: name it with --against"
     words += ["--against", str(toy.folder)]
