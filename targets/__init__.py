@@ -44,7 +44,7 @@ EXPERTS = ("executorch", "onnxruntime", "coreml")
 SEEING = ("executorch", "onnxruntime", "coreml")
 """Labels that take what looks at images (``targets.base.SeeingTarget``)."""
 
-FUSING = ("onnxruntime", "coreml")
+FUSING = ("executorch", "onnxruntime", "coreml")
 """Labels that take images whose states stand in the place of tokens (``spec.FusionSpec``)."""
 
 PRUNED_HEADS = ("executorch", "executorch-portable", "onnxruntime", "coreml")
