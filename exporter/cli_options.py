@@ -172,7 +172,7 @@ ImagesOption = Annotated[
     bool | None,
     typer.Option(
         "--images/--no-images",
-        help="Of a model that sees images, export what looks at them too (onnxruntime, executorch, coreml).",
+        help="Of a model that sees images, export what looks at them too (executorch, onnxruntime, coreml).",
         show_default="no images",
     ),
 ]

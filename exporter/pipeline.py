@@ -267,9 +267,10 @@ def _make_bundle(
     store = material.store.as_computed(arithmetic_for(target, plan))
     progress.stage(f"{label}: lowering")
     artifact = target.lower(material.program.decoder, store, plan, folder)
-    if vision := material.program.vision:
+    vision, seen = material.program.vision, artifact.spec.vision
+    if vision and seen:
         seeing(target).lower_vision(vision, store, plan, folder)
-        copy_processor(store.checkpoint.folder, folder)
+        copy_processor(store.checkpoint.folder, folder, seen)
     copy_tokenizer(material.tokenizer, folder)
     copy_licences(store.checkpoint, folder)
     write_recipe(folder, plan, target=label)

@@ -110,6 +110,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 """Fields that may be there if they have these values, with which llama.cpp computes as if they were not."""
 
 _ARCHITECTURES = ("llama", "llama4")
+_FORKED = "mllama"
 _READ_OF_EXPERTS = {
     *("expert_count", "expert_used_count", "expert_feed_forward_length", "interleave_moe_layer_step"),
 }
@@ -582,6 +583,12 @@ def _renamed(name: str, block: Mapping[str, str]) -> str:
 
 def _refuse_unknown(header: Header) -> None:
     architecture = header.fields.get("general.architecture")
+    if architecture == _FORKED:
+        raise InputError(
+            f"{header.file}: general.architecture is {_FORKED!r}, Llama 3.2 Vision, which llama.cpp has none of: such "
+            "files are of forks of it, each with a layout of its own",
+            hint="take the model in Hugging Face layout (config.json, *.safetensors) or Meta's (params.json, *.pth)",
+        )
     if architecture not in _ARCHITECTURES:
         raise _unknown(header, "general.architecture", architecture, known=[*_ARCHITECTURES])
     read = _READ | _READ_OF_EXPERTS if architecture == "llama4" else _READ

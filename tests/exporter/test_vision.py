@@ -215,11 +215,7 @@ def refused(folder: Path, target: str, **choices: Any) -> str:
 @pytest.mark.parametrize(
     ("target", "choices", "sentence"),
     [
-        (
-            "executorch-portable",
-            {},
-            "it takes no images; those that do: executorch, onnxruntime, coreml; without --images",
-        ),
+        ("executorch-portable", {}, "it takes no images; those that do: executorch, onnxruntime, coreml; without"),
         ("coreml-ane", {}, "target coreml-ane: it takes no images"),
         ("onnxruntime", {"prefer": "prefill"}, "--prefer prefill has not been tried on a model that sees images"),
         ("executorch", {"kv_cache": "int8"}, "--kv-cache int8 has not been tried on a model that sees images"),
