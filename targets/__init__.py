@@ -37,12 +37,16 @@ INT8_CACHES = {"executorch": "int8", "onnxruntime": INT8_STATIC}
 PALETTES = ("coreml", "coreml-ane")
 """Labels that take ``Precision.LUT4``."""
 
-EXPERTS = ("executorch", "onnxruntime", "coreml")
+EXPERTS = ("executorch", "onnxruntime", "coreml", "gguf")
 """Labels that take a model with experts, and attention that differs from layer to layer."""
 
 
 SEEING = ("executorch", "onnxruntime", "coreml")
 """Labels that take what looks at images (``targets.base.SeeingTarget``)."""
+
+EMBEDDINGS_OF_THE_HEAD = ("gguf",)
+"""Labels whose runtime wants an embedding as long as the head: rows of tokens that are read and never written are left
+out."""
 
 PRUNED_HEADS = ("executorch", "executorch-portable", "onnxruntime", "coreml")
 """Labels that take a head of some tokens only."""

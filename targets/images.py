@@ -13,7 +13,15 @@ from exporter.model.image_ops import in_place
 from exporter.spec import ImageSpec, ModelSpec
 
 
-class ShownImages:
+def check_room(shown: int, *, most: int) -> None:
+    """Raises InputError where a program that takes ``most`` images cannot be shown another."""
+    if shown == most:
+        raise InputError(
+            f"{shown} images were shown, the program takes {most}", hint="start anew, and show the last of them only"
+        )
+
+
+class CrossedStates:
     """Keys and values that a decoder takes from all images shown, one behind the other; before there is one, zeros in
     place of a tile, which no token sees."""
 
@@ -26,12 +34,8 @@ class ShownImages:
         self._of_one, self._most, self._shown = images.max_num_tiles, most, 0
 
     def check_room(self) -> None:
-        """Raises InputError where no more images are taken."""
-        if self._most and self._shown == self._most:
-            raise InputError(
-                f"{self._most} images have been shown, which is all that this artifact takes",
-                hint="open it again for other images",
-            )
+        if self._most:
+            check_room(self._shown, most=self._most)
 
     def show(self, states: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """One more image, by what the vision graph gives of it."""

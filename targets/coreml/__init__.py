@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from targets.coreml.lower import Emitter
 
 _PACKAGE, VISION = "model.mlpackage", "vision.mlpackage"
+MOST_IMAGES = 4
+"""That a text may have: Core ML wants a bound of every length. Of 11B each has 210 MB of keys and values, which an app
+gives with every call."""
+
 COMPUTE_UNITS = ("CPU_AND_GPU", "ALL", "CPU_ONLY", "CPU_AND_NE")
 """Names of ``coremltools.ComputeUnit``. The first is what a package is made for, and the default."""
 

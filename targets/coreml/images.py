@@ -20,13 +20,10 @@ from torch import Tensor
 from exporter.model.graph import FUSED, Constant, Graph, Weight, image_names
 from exporter.spec import FusionSpec, ImageSpec, Plan
 from exporter.store import WeightStore
+from targets.coreml import MOST_IMAGES
 from targets.coreml.emission import MilVar, cast, refuse_unknown_attention, sizes_of
 from targets.coreml.lower import NUMPY, DecoderEmitter, Emitter, Feature
 from targets.coreml.toolchain import mb
-
-MOST_IMAGES = 4
-"""That a text may have: Core ML wants a bound of every length. Of 11B each has 210 MB of keys and values, which an app
-gives with every call."""
 
 TILES = "crossAttentionMask"
 IMAGE_STATES, SHOWN = "imageStates", "shown"

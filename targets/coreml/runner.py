@@ -13,11 +13,10 @@ from exporter.errors import HostError
 from exporter.model.image_ops import tiles_of
 from exporter.spec import Artifact
 from targets.base import BaseRunner
-from targets.coreml import VISION
+from targets.coreml import MOST_IMAGES, VISION
 from targets.coreml.evaluate import Evaluator, Rounding
 from targets.coreml.images import (
     IMAGE_STATES,
-    MOST_IMAGES,
     TILES,
     fused_features,
     image_features,
@@ -27,7 +26,7 @@ from targets.coreml.images import (
 from targets.coreml.lower import IDS, LOGITS, MASK
 from targets.coreml.package import Package
 from targets.coreml.toolchain import ct, quiet
-from targets.images import FusedImages, ShownImages
+from targets.images import CrossedStates, FusedImages
 
 Predict = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """From the features that a package reads, floats of any dtype, to those that it gives; states grow on the way."""
@@ -76,10 +75,10 @@ class CoreMLRunner(BaseRunner):
         self._predict: Predict | None = load(artifact.path)
         self.load_s = time.perf_counter() - started
         spec = artifact.spec
-        self._images: ShownImages | None = None
+        self._images: CrossedStates | None = None
         self._fused = FusedImages(spec) if spec.fusion else None
         if spec.images:
-            self._images = ShownImages(spec, spec.images, states=spec.images.tile_states, most=MOST_IMAGES)
+            self._images = CrossedStates(spec, spec.images, states=spec.images.tile_states, most=MOST_IMAGES)
 
     def look(self, image: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """As ``targets.base.SeeingRunner``."""

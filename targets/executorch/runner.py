@@ -16,13 +16,14 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from exporter.errors import CapacityError, ExportError, InputError, LoweringError, MissingToolError
+from exporter.errors import CapacityError, ExportError, LoweringError, MissingToolError
 from exporter.model.graph import FUSED, image_names
 from exporter.model.image_ops import tiles_of
 from exporter.spec import Artifact, Logits
 from targets.base import BaseRunner
 from targets.executorch import MOST_IMAGES, VISION
 from targets.executorch.border import INSTALL, installed_version
+from targets.images import check_room
 
 _NATIVE_LINE = re.compile(r"^\[(?P<source>\w+)\.cpp:\d+\] (?P<message>.+)")
 _HARMLESS_SOURCES = {"cpuinfo_utils", "threadpool"}
@@ -169,11 +170,7 @@ class SeeingProgramRunner(ProgramRunner):
         images = self._artifact.spec.images
         if images is None:
             return {FUSED[0]: torch.cat([state for tile in tiles_of(image) for state in self._run_vision(tile)], dim=1)}
-        if self._shown == MOST_IMAGES:
-            raise InputError(
-                f"{self._shown} images were shown, the program takes {MOST_IMAGES}",
-                hint="start anew, and show the last of them only",
-            )
+        check_room(self._shown, most=MOST_IMAGES)
         found = self._run_vision(image)
         self._shown += 1
         keys, values = image_names(len(images.cross_attention_layers))
