@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from exporter.checkpoint.config import read_json
+from exporter.checkpoint.meta import is_meta
 from exporter.errors import InputError
 from exporter.model.graph import Program
 from exporter.model.reference import FULL_PRECISION, Reference
@@ -42,6 +44,14 @@ _PROCESSED: dict[str, Any] = {
     "resample": 2,
 }
 """All that a processor of ours may say: bilinear, normalized."""
+
+_METAS: dict[str, Any] = {
+    "image_processor_type": "MllamaImageProcessor",
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+"""meta-llama/llama-models, models/llama3/multimodal/image_transform.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,14 +166,8 @@ def prove_images(
 
 def check_processor(folder: Path, vision: ImageSpec | FusionSpec) -> None:
     """Raises InputError where the processor of a checkpoint is missing, or does what no app of ours would do."""
-    path = folder / PROCESSOR
-    config = read_json(path, missing=f"download {PROCESSOR} into this folder: it tells how pixels are made")
-    wanted = {**_PROCESSED, "size": {"height": vision.image_size, "width": vision.image_size}}
-    if isinstance(vision, FusionSpec):
-        wanted["resize_to_max_canvas"] = False
-    else:
-        wanted |= {"do_pad": True, "max_image_tiles": vision.max_num_tiles}
-    for field, value in wanted.items():
+    path, config = folder / PROCESSOR, _processor(folder, vision)
+    for field, value in _wanted(vision).items():
         if config.get(field, value) != value:
             raise InputError(
                 f"{path}: {field} is {config[field]!r}, {value!r} was expected", hint="copy it from the original model"
@@ -177,5 +181,24 @@ def check_processor(folder: Path, vision: ImageSpec | FusionSpec) -> None:
             )
 
 
-def copy_processor(folder: Path, out: Path) -> None:
-    shutil.copyfile(folder / PROCESSOR, out / PROCESSOR)
+def copy_processor(folder: Path, out: Path, vision: ImageSpec | FusionSpec) -> None:
+    """As it was; of a checkpoint in Meta's layout, which has none, what its programs do."""
+    if (folder / PROCESSOR).exists():
+        shutil.copyfile(folder / PROCESSOR, out / PROCESSOR)
+    else:
+        content = json.dumps(_processor(folder, vision), indent=2) + "\n"
+        (out / PROCESSOR).write_text(content, encoding="utf-8")
+
+
+def _processor(folder: Path, vision: ImageSpec | FusionSpec) -> dict[str, Any]:
+    path = folder / PROCESSOR
+    if isinstance(vision, ImageSpec) and is_meta(folder) and not path.exists():
+        return {**_METAS, **_wanted(vision)}
+    return read_json(path, missing=f"download {PROCESSOR} into this folder: it tells how pixels are made")
+
+
+def _wanted(vision: ImageSpec | FusionSpec) -> dict[str, Any]:
+    wanted = {**_PROCESSED, "size": {"height": vision.image_size, "width": vision.image_size}}
+    if isinstance(vision, FusionSpec):
+        return {**wanted, "resize_to_max_canvas": False}
+    return {**wanted, "do_pad": True, "max_image_tiles": vision.max_num_tiles}

@@ -22,6 +22,9 @@ FILES = (
 )
 """What a loader may want beside the artifact, copied as it is where the checkpoint has it."""
 CHAT_TEMPLATE = "chat_template.jinja"
+_IMAGE = "<|image|>"
+"""What stands for an image in a text of Llama 3.2 Vision: the first token behind the vocabulary. Meta's tokenizer has
+it within, and its programs put the id right (meta-llama/llama-models, models/llama3/chat_format.py)."""
 _CONVERSION = 1
 """Counts the changes of what ``write_tokenizer`` writes, so that what an older one wrote is not found again."""
 
@@ -156,7 +159,9 @@ def open_tokenizer(checkpoint: Path, *, cache: Path) -> Tokenizer:
         return Tokenizer(checkpoint)
     if not (checkpoint / TOKENIZER).exists():
         raise InputError(f"{checkpoint} has no {TOKENIZER}", hint="download it into this folder")
-    folder = cache / f"tokenizer-{_CONVERSION}-{sha256(checkpoint / TOKENIZER)[:16]}"
+    behind = [_IMAGE] if meta.sees_images(checkpoint) else []
+    kind = "-image" if behind else ""
+    folder = cache / f"tokenizer-{_CONVERSION}{kind}-{sha256(checkpoint / TOKENIZER)[:16]}"
     if not folder.exists():
-        write_tokenizer(checkpoint, folder)
+        write_tokenizer(checkpoint, folder, behind=behind)
     return Tokenizer(folder)

@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+_PLAIN = "vision_model."
+"""How names of linears begin that are left as they are, as those who quantize Llama 3.2 Vision leave them."""
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -167,7 +169,7 @@ def write_coded(
     choice: Callable[[str, Tensor], Coded],
     stored: Callable[[Coded], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """The checkpoint in ``source`` with every linear of its layers as codes. Gives what each weight then is."""
+    """The checkpoint in ``source`` with every linear of its decoder as codes. Gives what each weight then is."""
     folder.mkdir(parents=True)
     for name in _TOKENIZER:
         if (source / name).exists():
@@ -177,7 +179,7 @@ def write_coded(
     written, meant = dict[str, Tensor](), dict[str, Tensor]()
     for name, weight in unstacked(load_file(source / "model.safetensors")).items():
         module = name.removesuffix(".weight")
-        if module.endswith(_LINEAR):
+        if module.endswith(_LINEAR) and not module.startswith(_PLAIN):
             coded = choice(name, weight)
             meant[name] = coded.values()
             written |= {f"{module}.{part}": tensor for part, tensor in stored(coded).items()}
@@ -186,6 +188,14 @@ def write_coded(
             meant[name] = written[name].float()
     save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
     return stacked(meant)
+
+
+def in_memory(stored: str) -> str:
+    """What transformers calls a tensor of Llama 3.2 Vision that lies in a file under ``stored``."""
+    for prefix, name in (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head.")):
+        if stored.startswith(prefix):
+            return name + stored.removeprefix(prefix)
+    return f"model.{stored}" if stored.startswith(("vision_model.", "multi_modal_projector.")) else stored
 
 
 def unstacked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from tests.exporter.test_gguf_experts import UNTOLD, write_gguf_experts
 from tests.exporter.test_gguf_tokenizer import llama3_fields
 from tests.exporter.test_meta import write_meta
 from tests.exporter.test_meta_experts import write_meta_experts
+from tests.exporter.test_meta_vision import LAYERS, write_meta_vision
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 K, SHARED = "model.layers.1.self_attn.k_proj", "model.layers.3.feed_forward.shared_expert.down_proj"
@@ -48,6 +49,10 @@ def is_llama4(toy: Toy) -> bool:
     return str(toy.model.config.model_type) == "llama4_text"
 
 
+def sees_images(toy: Toy) -> bool:
+    return str(toy.model.config.model_type) == "mllama"
+
+
 def safetensors(toy: Toy) -> Written:
     return Written(path=toy.folder, weights=dict(toy.model.state_dict()))
 
@@ -61,6 +66,9 @@ def metas(toy: Toy) -> Written:
     config = toy.model.config
     if is_llama4(toy):
         folder = write_meta_experts(toy, toy.folder.with_name("meta"))
+        return Written(path=folder, weights=dict(toy.model.state_dict()))
+    if sees_images(toy):
+        folder = write_meta_vision(toy, toy.folder.with_name("meta"))
         return Written(path=folder, weights=dict(toy.model.state_dict()))
     rope = config.rope_parameters
     folder = write_meta(
@@ -133,8 +141,13 @@ def adapters(toy: Toy) -> Written:
     """A LoRA of PEFT beside its base."""
     weights = {name: weight.clone() for name, weight in toy.model.state_dict().items()}
     modules = (Q, K, SHARED) if is_llama4(toy) else (Q, DOWN)
-    tensors = factors(shapes_of(toy, *modules))
-    for module in modules:
+    names = {module: module for module in modules}
+    if sees_images(toy):  # whose layer 1 looks at images
+        modules = (Q, "model.layers.2.mlp.down_proj")
+        names = {module: module.replace("model.", "model.language_model.", 1) for module in modules}
+    shapes = shapes_of(toy, *modules)
+    tensors = factors({names[module]: shapes[module] for module in modules})
+    for module in names.values():
         down, up = (tensors[f"base_model.model.{module}.lora_{kind}.weight"] for kind in "AB")
         weights[f"{module}.weight"] += ALPHA / RANK * up @ down
     return Written(path=toy.folder, weights=weights, adapter=write_adapter(toy.folder.with_name("lora"), tensors))
@@ -145,7 +158,8 @@ def quantized(form: Format) -> Callable[[Toy], Written]:
 
     def write(toy: Toy) -> Written:
         folder = toy.folder.with_name("quantized")
-        return Written(path=folder, weights=form.write(folder, toy.folder))
+        weights = form.write(folder, toy.folder)
+        return Written(path=folder, weights={coded.in_memory(name): weight for name, weight in weights.items()})
 
     return write
 
@@ -191,17 +205,13 @@ REFUSED = {
 }
 """What may be, by format and target, and what its sentence has to say. All of it goes there with ``--requantize``."""
 
-NOT_READ = {
-    ("Llama 3.2 Vision", format): "Llama 3.2 Vision is read as safetensors alone"
-    for format in FORMATS
-    if format != "safetensors"
-}
-"""What is missing, and the sentence that the table has for it."""
-
 
 def was_released(generation: str, format: str) -> bool:
-    """Whether there may be such a thing: Meta's own quantized releases are of Llama 3.2 alone."""
-    return format not in _METAS_CODES or generation == "Llama 3.2"
+    """Whether there may be such a thing: Meta's own quantized releases are of Llama 3.2 alone, and llama.cpp has no
+    architecture of Llama 3.2 Vision."""
+    if format in _METAS_CODES:
+        return generation == "Llama 3.2"
+    return not (format.startswith("GGUF") and generation == "Llama 3.2 Vision")
 
 
 def toy_for(format: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,6 +222,8 @@ def toy_for(format: str, config: Mapping[str, Any]) -> dict[str, Any]:
         factor = config["rope_parameters"]["factor"] if "num_local_experts" in config else 8.0
         rope = {"factor": factor, "original_max_position_embeddings": 8192}
         changed["rope_parameters"] = {**config["rope_parameters"], **rope}
+        if "cross_attention_layers" in config:
+            changed |= LAYERS
     if format in _METAS_CODES:
         changed["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
         changed["intermediate_size"] = 128  # that Hadamard's rotation is of a power of two, as of the releases

@@ -23,7 +23,7 @@ from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace
 from exporter.parity import Drive, drive
 from tests.conftest import Toy, with_tokenizer, write_toy
-from tests.formats import FORMATS, NOT_READ, REFUSED, toy_for, was_released
+from tests.formats import FORMATS, REFUSED, toy_for, was_released
 from tests.generations import GENERATIONS, TOY_BOUND, WIDE, toy_config, wide_config
 
 pytestmark = pytest.mark.slow
@@ -37,15 +37,14 @@ def test_a_generation_in_a_format_is_the_model_that_transformers_has(
     if not was_released(generation, format):
         pytest.skip("there is no such release")
     record_property("reads", f"{generation} | {format}")
-    if missing := NOT_READ.get((generation, format)):
-        pytest.xfail(missing)
     toy = write_toy(tmp_path / "toy", **toy_for(format, toy_config(generation)))
     written = FORMATS[format](toy)
     checkpoint = open_checkpoint(written.path, adapter=written.adapter)
     reference = Reference(trace(checkpoint.spec), checkpoint, FULL_PRECISION)
     ids = torch.randint(3, 96, (3 * TOY_BOUND,), generator=torch.Generator().manual_seed(1))
     steps = Drive(ids=tuple(ids.tolist()), prefills=(TOY_BOUND + 9, 13))
-    toy.model.load_state_dict({name: weight.float() for name, weight in written.weights.items()}, strict=False)
+    weights = {name: weight.float() for name, weight in written.weights.items()}
+    assert not toy.model.load_state_dict(weights, strict=False).unexpected_keys
     with torch.no_grad():
         expected = toy.model(ids[None]).logits[0][steps.positions]
     assert (drive(reference, steps) - expected).abs().max() < 1e-4

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from exporter.checkpoint import adapter as lora
 from exporter.checkpoint import config, gguf_file, huggingface, meta
-from exporter.checkpoint.adapter import with_adapter
 from exporter.checkpoint.pruned import with_head_tokens
 from exporter.checkpoint.tensors import LazyCodes, LazyTensor
 from exporter.files import sha256
@@ -129,15 +129,18 @@ def open_checkpoint(
     found = _format_of(path)
     spec = read_spec(path, decoded=decoded, images=images, head_tokens=head_tokens)
     tensors = found.map_tensors(path, spec)
+    left_out = None if spec.vision else found.leaves_out(path)
     if adapter:
-        tensors = with_adapter(tensors, spec, adapter)
+        tensors = lora.with_adapter(tensors, spec, adapter)
+        if left_out and lora.leaves_out(adapter, spec):
+            left_out += ", and what the adapter adds there"
     folder = path if path.is_dir() else path.parent
     return Checkpoint(
         folder=folder,
         spec=spec,
         tensors=tensors,
         described_by=found.described_by(path),
-        left_out=None if spec.vision else found.leaves_out(path),
+        left_out=left_out,
     )
 
 

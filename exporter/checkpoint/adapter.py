@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exporter.checkpoint import llama4, mllama
 from exporter.checkpoint.config import integer_of, number_of, read_json
 from exporter.checkpoint.huggingface import map_pickle, map_safetensors
-from exporter.checkpoint.llama4 import TEXT, in_order
 from exporter.checkpoint.tensors import LazyTensor, refuse_codes
 from exporter.errors import InputError
-from exporter.spec import EMBEDDING, HEAD, ModelSpec
+from exporter.spec import EMBEDDING, HEAD, VISION, ModelSpec
 
 CONFIG = "adapter_config.json"
 _FILES = {"adapter_model.safetensors": map_safetensors, "adapter_model.bin": map_pickle}
@@ -77,27 +77,31 @@ class MergedTensor:
 
 
 def with_adapter(tensors: Mapping[str, LazyTensor], spec: ModelSpec, folder: Path) -> dict[str, LazyTensor]:
-    """``tensors`` of a base with the adapter in ``folder`` merged in. Raises InputError for one that is none, that adds
-    in a way that is not known, or to another model."""
+    """``tensors`` of a base with the adapter in ``folder`` merged in; what it adds to parts that look at images goes
+    with these (``leaves_out``). Raises InputError for one that is none, that adds in a way that is not known, or to
+    another model."""
     config = _read_config(folder)
     merged, pairs = dict(tensors), dict[str, dict[str, LazyTensor]]()
-    for stored, tensor in _adapter_tensors(folder).items():
+    found = _adapter_tensors(folder)
+    taken = {stored: tensor for stored, tensor in found.items() if not _is_left_out(stored, spec)}
+    if found and not taken:
+        raise InputError(
+            f"{folder} changes only what looks at images, which is left out",
+            hint="add --images, or leave --adapter out",
+        )
+    for stored, tensor in taken.items():
         name = stored.removeprefix(_PREFIX)
         if spec.experts:
-            name = name.removeprefix(TEXT)
             _refuse_stack(name, stored, folder)
         factor = _FACTOR.fullmatch(name)
         if factor:
             pairs.setdefault(factor[1], {})[factor[2]] = tensor
         else:
-            place = _base_name(_SAVED.sub("", name), stored, tensors, folder)
-            whole = _of_shape(tensor, tensors[place].shape, stored, folder)
-            merged[place] = in_order(place, whole, spec) if spec.experts else whole
+            place = _base_name(_SAVED.sub("", name), stored, tensors, spec, folder)
+            merged[place] = _of_shape(_in_order(place, tensor, spec), tensors[place].shape, stored, folder)
     for module, factors in pairs.items():
-        name = _base_name(f"{module}.weight", module, tensors, folder)
-        if spec.experts and "B" in factors:
-            factors["B"] = in_order(name, factors["B"], spec)
-        merged[name] = _merge(name, module, factors, merged[name], config, folder)
+        name = _base_name(f"{module}.weight", module, tensors, spec, folder)
+        merged[name] = _merge(name, module, _factors_in_order(name, factors, spec), merged[name], config, folder)
     if merged == dict(tensors):
         raise InputError(f"{folder} changes nothing", hint=_LAYOUT)
     if spec.tie_word_embeddings and merged[EMBEDDING] is not tensors[EMBEDDING]:
@@ -106,6 +110,38 @@ def with_adapter(tensors: Mapping[str, LazyTensor], spec: ModelSpec, folder: Pat
             hint="merge it with PEFT into a model whose tie_word_embeddings is false, and name that",
         )
     return merged
+
+
+def leaves_out(folder: Path, spec: ModelSpec) -> bool:
+    """Whether an adapter adds to what ``spec`` leaves out of the model. Raises InputError."""
+    return any(_is_left_out(stored, spec) for stored in _adapter_tensors(folder))
+
+
+def _is_left_out(stored: str, spec: ModelSpec) -> bool:
+    name = _renamed(stored.removeprefix(_PREFIX), spec)
+    if spec.layer_numbers:
+        return mllama.is_left_out(name, spec)
+    return spec.experts is not None and spec.fusion is None and name.startswith(VISION)
+
+
+def _renamed(name: str, spec: ModelSpec) -> str:
+    """Of what PEFT calls ``name``, our name: it has those of transformers' modules, of whatever release."""
+    if spec.experts:
+        return name.removeprefix(llama4.TEXT)
+    return mllama.renamed(name) if spec.layer_numbers else name
+
+
+def _in_order(name: str, whole: LazyTensor, spec: ModelSpec) -> LazyTensor:
+    if spec.experts:
+        return llama4.in_order(name, whole, spec)
+    return mllama.in_order(name, whole, spec) if spec.layer_numbers else whole
+
+
+def _factors_in_order(name: str, factors: Mapping[str, LazyTensor], spec: ModelSpec) -> dict[str, LazyTensor]:
+    """B has the rows of its matrix, which are in another order in a Llama 4, A the columns, which are so in a Llama 3.2
+    Vision."""
+    ordered = "B" if spec.experts else "A"
+    return {kind: _in_order(name, factor, spec) if kind == ordered else factor for kind, factor in factors.items()}
 
 
 def _refuse_stack(name: str, stored: str, folder: Path) -> None:
@@ -148,7 +184,8 @@ def _adapter_tensors(folder: Path) -> dict[str, LazyTensor]:
     raise InputError(f"{folder} has neither {' nor '.join(_FILES)}", hint=_LAYOUT)
 
 
-def _base_name(name: str, told: str, tensors: Mapping[str, LazyTensor], folder: Path) -> str:
+def _base_name(stored: str, told: str, tensors: Mapping[str, LazyTensor], spec: ModelSpec, folder: Path) -> str:
+    name = _renamed(stored, spec)
     if name == HEAD and HEAD not in tensors:
         raise InputError(
             f"{folder}: {told} changes the head alone, but the model ties it to its embedding",

@@ -180,7 +180,9 @@ def with_codes(
             del rest[stored]
     wanted = spec.weights()
     for path, parts in modules.items():
-        name = f"{path}.weight"
+        name, bias = f"{path}.weight", f"{path}.bias"
+        if bias in wanted and "bias" in parts:
+            rest[bias] = parts.pop("bias")
         _refuse_bias(name, parts)
         shape = wanted.get(name)
         if name == HEAD:  # a tied one may be stored, and a pruned one whole

@@ -27,6 +27,7 @@ _LAYOUT = (
 )
 
 OF_IMAGES = "this model reads images too: they are left out, its text part is taken"
+OF_IMAGES_TAKEN = f"{OF_IMAGES}; --images takes them"
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -39,7 +40,7 @@ _ARCHITECTURES = {
 _TEXT_CONFIGS = {"llama4": "llama4_text", "mllama": "mllama_text_model"}
 """Of a model_type that has its text_config inside, the model_type of that."""
 
-_IMAGE_TOKENS = 8
+IMAGE_TOKENS = 8
 """Rows that Llama 3.2 Vision's embedding has behind those of the vocabulary (transformers, ``MllamaTextModel``)."""
 
 _MLLAMA_TEXT: dict[str, Any] = {
@@ -141,7 +142,7 @@ def read_spec(folder: Path) -> ModelSpec:
         )
     bos, eos = _special_tokens(folder, config)
     layers = count_of(path, config, "num_hidden_layers")
-    images = _read_images(path, whole, config, layers=layers) if sees else None
+    images = read_images(path, whole, config, layers=layers) if sees else None
     own = tuple(layer for layer in range(layers) if not images or layer not in images.cross_attention_layers)
     fusion = _read_fusion(path, whole) if model_type == "llama4" else None
     is_dense = model_type in ("llama", "mllama")
@@ -168,7 +169,7 @@ def read_spec(folder: Path) -> ModelSpec:
             images=images,
             fusion=fusion,
             layer_numbers=own if images else (),
-            extra_embeddings=_IMAGE_TOKENS if images else 0,
+            extra_embeddings=IMAGE_TOKENS if images else 0,
         )
     except ValueError as error:
         raise InputError(f"{path}: {error}", hint="check config.json against the original model's") from error
@@ -179,7 +180,7 @@ def leaves_out(folder: Path) -> str | None:
     config = read_json(folder / "config.json")
     if config.get("model_type") not in _TEXT_CONFIGS:
         return None
-    return f"{OF_IMAGES}; --images takes them" if config.get("vision_config") else OF_IMAGES
+    return OF_IMAGES_TAKEN if config.get("vision_config") else OF_IMAGES
 
 
 def _text_config(path: Path, config: Mapping[str, Any], *, kind: str) -> dict[str, Any]:
@@ -190,8 +191,9 @@ def _text_config(path: Path, config: Mapping[str, Any], *, kind: str) -> dict[st
     return {**outside, **text}
 
 
-def _read_images(path: Path, whole: Mapping[str, Any], text: Mapping[str, Any], *, layers: int) -> ImageSpec:
-    """Of a Llama 3.2 Vision; what is absent has the value of transformers' ``MllamaVisionConfig``."""
+def read_images(path: Path, whole: Mapping[str, Any], text: Mapping[str, Any], *, layers: int) -> ImageSpec:
+    """Of a Llama 3.2 Vision; what is absent has the value of transformers' ``MllamaVisionConfig``. ``text`` tells
+    ``cross_attention_layers``, of ``layers`` in all. Raises InputError."""
     found = whole.get("vision_config")
     if not isinstance(found, dict):
         raise _unknown(path, "vision_config", found, known=["an object"])
@@ -220,7 +222,7 @@ def _read_images(path: Path, whole: Mapping[str, Any], text: Mapping[str, Any], 
             **sizes,
         )
     except ValueError as error:
-        raise InputError(f"{path}: {error}", hint="check config.json against the original model's") from error
+        raise InputError(f"{path}: {error}", hint=f"check {path.name} against the original model's") from error
     if config["vision_output_dim"] != images.output_size:
         raise _unknown(path, "vision_output_dim", config["vision_output_dim"], known=[images.output_size])
     return images

@@ -121,6 +121,8 @@ def map_tensors(folder: Path, spec: ModelSpec) -> dict[str, LazyTensor]:
         found = with_codes(found, spec, quantization)
     if spec.experts:
         found = {name: llama4.in_order(name, tensor, spec) for name, tensor in found.items()}
+    if spec.layer_numbers:
+        found = {name: mllama.in_order(name, tensor, spec) for name, tensor in found.items()}
     return matched(found, spec, place=folder, described_by=DESCRIPTION)
 
 

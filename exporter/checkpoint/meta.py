@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.checkpoint import meta_coded, meta_experts
-from exporter.checkpoint.config import OF_IMAGES, integer_of, number_of, read_json
+from exporter.checkpoint import meta_coded, meta_experts, meta_vision, mllama
+from exporter.checkpoint.config import IMAGE_TOKENS, OF_IMAGES, OF_IMAGES_TAKEN, integer_of, number_of, read_json
 from exporter.checkpoint.huggingface import map_pickle
 from exporter.checkpoint.meta_tokenizer import LLAMA3_RANKS, LLAMA4_RANKS, TOKENIZER, TikToken, read_vocabulary
 from exporter.checkpoint.tensors import LazyTensor, halves_of_heads, is_rotated, matched
@@ -38,6 +38,9 @@ _PASSED_OVER = "rope.freqs"
 """Follows from params.json."""
 _COPIED = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
 """Where there are more shards than key-value heads, each head lies in several."""
+
+_OF_POSITIONS = "positional_embedding."
+"""In names of tables that every shard has whole."""
 
 _FIELDS = {
     *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "multiple_of", "ffn_dim_multiplier"),
@@ -114,13 +117,15 @@ def read_spec(folder: Path, *, decoded: bool = False) -> ModelSpec:
     are merged, as beside codes they cannot be. Raises InputError with the field, its value and what is known."""
     path = folder / DESCRIPTION
     params = {field: value for field, value in read_json(path).items() if value is not None}
-    has_experts = "moe_args" in params
-    fields = (_FIELDS | meta_experts.FIELDS) - {*meta_coded.FIELDS} if has_experts else _FIELDS
+    has_experts, sees = "moe_args" in params, meta_vision.COUNT in params
+    fields = _FIELDS
+    if has_experts or sees:
+        fields = (_FIELDS | (meta_experts if has_experts else meta_vision).FIELDS) - {*meta_coded.FIELDS}
     unknown = sorted(field for field in params.keys() - fields - _WITHOUT_EFFECT if params[field] is not False)
     if unknown:
         raise InputError(
             f"{path}: {unknown[0]} is {params[unknown[0]]!r}; known: {', '.join(sorted(fields))}",
-            hint="only Llama text models are supported in Meta's layout, dense ones up to Llama 3 and Llama 4",
+            hint="only Llamas are supported in Meta's layout, dense ones up to Llama 3, Llama 3.2 Vision and Llama 4",
         )
     dim, heads = integer_of(path, params, "dim"), integer_of(path, params, "n_heads")
     if "head_dim" not in params and dim % heads:
@@ -133,13 +138,15 @@ def read_spec(folder: Path, *, decoded: bool = False) -> ModelSpec:
     quantization = meta_coded.read_quantization(path, params)
     tied = small and quantization is None  # of codes the head has its own
     inside = _intermediate_size(path, params, dim=dim)
+    images = meta_vision.images_of(path, params, _first_shard(folder) or {}, vocab_size=vocab_size) if sees else None
+    layers = integer_of(path, params, "n_layers")
     try:
         return ModelSpec(
             name=folder.resolve().name,
             vocab_size=vocab_size,
             hidden_size=dim,
             intermediate_size=meta_experts.intermediate_size(path, params) if has_experts else inside,
-            num_hidden_layers=integer_of(path, params, "n_layers"),
+            num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=integer_of(path, {"n_kv_heads": heads, **params}, "n_kv_heads"),
             head_dim=integer_of(path, {"head_dim": dim // heads, **params}, "head_dim"),
@@ -151,6 +158,9 @@ def read_spec(folder: Path, *, decoded: bool = False) -> ModelSpec:
             eos_token_ids=eos,
             attention=meta_experts.read_attention(path, params) if has_experts else AttentionSpec(),
             experts=meta_experts.read_experts(path, params, dense=inside) if has_experts else None,
+            images=images,
+            layer_numbers=meta_vision.layer_numbers(images, layers=layers) if images else (),
+            extra_embeddings=IMAGE_TOKENS if images else 0,
             adapter_rank=quantization.rank if quantization and not decoded else 0,
         )
     except (ValueError, OverflowError) as error:
@@ -159,7 +169,14 @@ def read_spec(folder: Path, *, decoded: bool = False) -> ModelSpec:
 
 def leaves_out(folder: Path) -> str | None:
     """What of a model the spec knows nothing of, in a sentence."""
+    if sees_images(folder):
+        return OF_IMAGES_TAKEN
     return OF_IMAGES if read_json(folder / DESCRIPTION).get(meta_experts.IMAGES) else None
+
+
+def sees_images(folder: Path) -> bool:
+    """Whether it is a Llama 3.2 Vision. Raises InputError."""
+    return read_json(folder / DESCRIPTION).get(meta_vision.COUNT) is not None
 
 
 def map_tensors(folder: Path, spec: ModelSpec) -> dict[str, LazyTensor]:
@@ -171,8 +188,13 @@ def map_tensors(folder: Path, spec: ModelSpec) -> dict[str, LazyTensor]:
     shards = [map_pickle(file) for file in files]
     if spec.experts:
         shards = [meta_experts.apart(shard, spec) for shard in shards]
+    if spec.layer_numbers:
+        shards = [meta_vision.apart(shard, spec) for shard in shards]
     wanted = dict(spec.weights())
+    wanted[EMBEDDING] = spec.vocab_size, spec.hidden_size
     wanted[HEAD] = wanted[EMBEDDING]  # a tied one may be stored again
+    if spec.layer_numbers:
+        wanted[meta_vision.LEARNABLE] = spec.extra_embeddings, spec.hidden_size
     if len(shards) == 1 and "output.weight" in shards[0]:
         wanted[HEAD] = shards[0]["output.weight"].shape  # it may be pruned
     found: dict[str, LazyTensor] = {}
@@ -185,6 +207,9 @@ def map_tensors(folder: Path, spec: ModelSpec) -> dict[str, LazyTensor]:
         name, parts = _renamed(stored), tuple(shard[stored] for shard in shards)
         shape = wanted.get(name)
         found[name] = _merged(stored, parts, name=name, shape=shape, spec=spec) if shape else parts[0]
+    if spec.layer_numbers:
+        found = _whole_embedding(found, spec)
+        found = {name: mllama.in_order(name, tensor, spec) for name, tensor in found.items()}
     path = folder / DESCRIPTION
     quantization = meta_coded.read_quantization(path, read_json(path))
     if quantization:
@@ -192,6 +217,15 @@ def map_tensors(folder: Path, spec: ModelSpec) -> dict[str, LazyTensor]:
             raise InputError(f"{folder} has {len(files)} shards of codes, one was expected", hint=_CHECK)
         found = _with_codes(found, spec, quantization)
     return matched(found, spec, place=folder, described_by=DESCRIPTION)
+
+
+def _whole_embedding(found: Mapping[str, LazyTensor], spec: ModelSpec) -> dict[str, LazyTensor]:
+    """``found`` with the rows of tokens that are read and never written behind those of the vocabulary."""
+    rest = dict(found)
+    if EMBEDDING in rest and meta_vision.LEARNABLE in rest:
+        parts = rest[EMBEDDING], rest.pop(meta_vision.LEARNABLE)
+        rest[EMBEDDING] = MergedTensor(parts, (spec.num_embeddings, spec.hidden_size), axis=0)
+    return rest
 
 
 def _with_codes(
@@ -230,8 +264,10 @@ def _merged(
     part, count = parts[0].shape, len(parts)
     head_dim = spec.head_dim if is_rotated(name, spec) else None
     if all(other.shape == part for other in parts) and len(part) == len(shape):
-        if part == shape and (len(part) == 1 or name.endswith(ROUTER)):
+        if part == shape and (len(part) == 1 or name.endswith(ROUTER) or _OF_POSITIONS in name):
             return MergedTensor(parts[:1], shape, axis=0)
+        if name.endswith(".bias") and (part[0] * count,) == shape:  # of a matrix that is cut by rows
+            return MergedTensor(parts, shape, axis=0)
         if len(part) == 2:
             rows, columns = part
             if (rows * count, columns) == shape and not (head_dim and rows % head_dim):
@@ -258,7 +294,7 @@ def _renamed(stored: str) -> str:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """None, or all from 00 on. Raises InputError where there is a gap."""
+    """None, all from 00 on, or one that has no number. Raises InputError where there is a gap."""
     files = sorted(folder.glob("consolidated.[0-9][0-9].pth"))
     count = int(files[-1].stem[-2:]) + 1 if files else 0
     absent = [name for index in range(count) if folder / (name := f"consolidated.{index:02}.pth") not in files]
@@ -266,12 +302,16 @@ def _shards(folder: Path) -> list[Path]:
         raise InputError(
             f"{folder} has {files[-1].name}, but {', '.join(absent)} is missing", hint="download the missing files"
         )
-    return files
+    only = folder / "consolidated.pth"
+    return files or ([only] if only.exists() else [])
 
 
 def _first_shard(folder: Path) -> dict[str, LazyTensor] | None:
+    """Its text's tensors as other releases call them, those of images as they are called."""
     files = _shards(folder)
-    return map_pickle(files[0]) if files else None
+    if not files:
+        return None
+    return {name.removeprefix(meta_vision.TEXT): tensor for name, tensor in map_pickle(files[0]).items()}
 
 
 def _has_head(folder: Path) -> bool:

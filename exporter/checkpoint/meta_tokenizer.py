@@ -7,7 +7,7 @@ import base64
 import binascii
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,12 +159,13 @@ def read_vocabulary(file: Path) -> SentencePiece | TikToken:
         ) from error
 
 
-def write_tokenizer(checkpoint_folder: Path, folder: Path) -> None:
+def write_tokenizer(checkpoint_folder: Path, folder: Path, *, behind: Sequence[str] = ()) -> None:
     """``tokenizer.json`` and ``tokenizer_config.json`` of a folder in Meta's layout, as a new ``folder``, whole or not
-    at all. The spelling of a special token in a text is that token, as rendered conversations need it; Meta's own
-    programs take it for text. Raises InputError."""
+    at all; ``behind``: special tokens after those of the vocabulary. The spelling of a special token in a text is that
+    token, as rendered conversations need it; Meta's own programs take it for text. Raises InputError."""
     vocabulary = read_vocabulary(checkpoint_folder / TOKENIZER)
     tokenizer, config = _of_pieces(vocabulary) if isinstance(vocabulary, SentencePiece) else _of_ranks(vocabulary)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in behind])
     with folder_in_progress(folder.parent, folder.name) as made:
         tokenizer.save(str(made / "tokenizer.json"))
         (made / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ looks at an image."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from functools import partial
 
@@ -18,33 +19,39 @@ _PREFIXES = {
     "model.language_model.": "model.",  # transformers 5 in memory
     **{f"model.{name}": name for name in VISION},
 }
+_OF_LAYER = re.compile(rf"{re.escape(LAYERS)}\d+\.")
 _PATCHES, _PROJECTOR = "vision_model.patch_embedding.weight", "multi_modal_projector.weight"
 
 
 def as_in_llama(found: Mapping[str, LazyTensor], spec: ModelSpec) -> dict[str, LazyTensor]:
-    """``found`` under the names of ``spec.weights``; nothing is read before its tensor is."""
-    tensors: dict[str, LazyTensor] = {}
-    for stored, tensor in found.items():
-        name = _renamed(stored)
-        if spec.images is None and (name.startswith(VISION) or _looks_at_images(name, spec)):
-            continue
-        if name == _PROJECTOR and spec.images:
-            view = partial(_side_by_side, images=spec.images)
-            tensors[name] = ViewedTensor(tensor, tensor.shape, view) if len(tensor.shape) == 2 else tensor
-        elif name == _PATCHES and len(tensor.shape) == 4:  # a convolution whose steps are as wide as its kernel
-            tensors[name] = ViewedTensor(tensor, (tensor.shape[0], math.prod(tensor.shape[1:])), _flat)
-        else:
-            tensors[name] = tensor
-    return tensors
+    """``found`` under the names of ``spec.weights``, of text alone without all that looks at images."""
+    names = {stored: renamed(stored) for stored in found}
+    return {name: found[stored] for stored, name in names.items() if not is_left_out(name, spec)}
 
 
-def _renamed(stored: str) -> str:
+def renamed(stored: str) -> str:
+    """One of our names for one of any release of transformers; one that is not known stays as it is."""
     prefix = next((prefix for prefix in _PREFIXES if stored.startswith(prefix)), "")
     return _PREFIXES.get(prefix, "") + stored.removeprefix(prefix)
 
 
-def _looks_at_images(name: str, spec: ModelSpec) -> bool:
-    return name.startswith(LAYERS) and spec.layer_of(name) is None
+def is_left_out(name: str, spec: ModelSpec) -> bool:
+    """Whether what is called ``name`` looks at images, and ``spec`` is of text alone. Layers that look have numbers
+    that none of the decoder's own has, and no attention of the text to itself."""
+    if spec.images:
+        return False
+    looks = _OF_LAYER.match(name) and spec.layer_of(name) is None and ".self_attn." not in name
+    return bool(looks) or name.startswith(VISION)
+
+
+def in_order(name: str, tensor: LazyTensor, spec: ModelSpec) -> LazyTensor:
+    """``tensor`` of the weight ``name``, or the factor of it that has its columns, with columns in our order. Codes of
+    the projector are decoded: no group of them stays together."""
+    if name == _PROJECTOR and spec.images and len(tensor.shape) == 2:
+        return ViewedTensor(tensor, tensor.shape, partial(_side_by_side, images=spec.images))
+    if name == _PATCHES and len(tensor.shape) == 4:  # a convolution whose steps are as wide as its kernel
+        return ViewedTensor(tensor, (tensor.shape[0], math.prod(tensor.shape[1:])), _flat)
+    return tensor
 
 
 def _side_by_side(columns: Tensor, images: ImageSpec) -> Tensor:

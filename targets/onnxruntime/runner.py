@@ -16,10 +16,10 @@ from torch import Tensor
 
 from exporter.errors import LoweringError
 from exporter.model.graph import FUSED
-from exporter.model.image_ops import in_place, tiles_of
+from exporter.model.image_ops import tiles_of
 from exporter.spec import Artifact, ImageSpec, Logits, ModelSpec, Prefer
 from targets.base import BaseRunner
-from targets.images import CrossedStates
+from targets.images import CrossedStates, FusedImages
 from targets.onnxruntime import VISION
 from targets.onnxruntime.read import TILES, image_name
 
@@ -135,30 +135,27 @@ class ShownImages(Protocol):
 
 def _shown_images(spec: ModelSpec) -> ShownImages | None:
     if spec.fusion:
-        return FusedImages(spec)
-    return CrossedImages(spec, spec.images) if spec.images else None
+        return _FusedImages(spec)
+    return _CrossedImages(spec, spec.images) if spec.images else None
 
 
-class FusedImages:
+class _FusedImages:
     """Of a ``targets.onnxruntime.images.FusingEmitter``."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._states = torch.zeros(1, 0, spec.hidden_size)
+        self._images = FusedImages(spec)
 
     def parts(self, image: Mapping[str, Tensor]) -> Sequence[Mapping[str, Tensor]]:
         return tiles_of(image)
 
     def show(self, states: Mapping[str, npt.NDArray[np.float32]]) -> Mapping[str, Tensor]:
-        found = torch.from_numpy(states[FUSED[0]])
-        self._states = torch.cat([self._states, found], dim=1)
-        return {FUSED[0]: found}
+        return self._images.show([torch.from_numpy(states[FUSED[0]])])
 
     def inputs(self, tiles: Tensor | None, *, length: int) -> dict[str, npt.NDArray[Any]]:
-        placed = in_place(self._states, tiles, length=length)
-        return {name: value.numpy() for name, value in zip(FUSED, placed, strict=True)}
+        return {name: value.numpy() for name, value in self._images.inputs(tiles, length=length).items()}
 
 
-class CrossedImages:
+class _CrossedImages:
     """Of a ``targets.onnxruntime.images.SeeingEmitter``."""
 
     def __init__(self, spec: ModelSpec, images: ImageSpec) -> None:

@@ -259,6 +259,7 @@ def test_factors_that_do_not_fit_are_refused(changes: dict[str, Any], says: str,
     ("fields", "says"),
     [
         ({"general.architecture": "qwen2"}, "general.architecture is 'qwen2'; known: llama"),
+        ({"general.architecture": "mllama"}, "is 'mllama', Llama 3.2 Vision, which llama.cpp has none of"),
         ({"llama.expert_count": 8}, "llama.expert_count is 8; known: 0, no such field"),
         ({"llama.attention.scale": 0.25}, r"llama.attention.scale is 0.25; known: 0.0"),
         ({"llama.attention.sliding_window": 4096}, "sliding_window is 4096"),
@@ -291,7 +292,8 @@ def test_metadata_that_the_graph_would_not_honour_is_refused(
     file = write_gguf(tmp_path / "toy.gguf", make_toy(), fields=fields)
     content = file.read_bytes()
     if architecture:
-        content = content.replace(b"\5\0\0\0\0\0\0\0llama", b"\5\0\0\0\0\0\0\0" + architecture.encode())
+        spelled = len(architecture).to_bytes(8, "little") + architecture.encode()
+        content = content.replace(b"\5\0\0\0\0\0\0\0llama", spelled, 1)
     if alignment:  # in place of a field of the same length and type
         content = content.replace(
             b"\x10\0\0\0\0\0\0\0llama.vocab_size\4\0\0\0\x60", b"\x11" + bytes(7) + b"general.alignment\4\0\0\0\x0c"
