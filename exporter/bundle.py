@@ -146,9 +146,16 @@ class Verdicts:
 
 
 def describe_bundle(
-    folder: Path, *, artifact: Artifact, checkpoint: Checkpoint, calibration: Mapping[str, Any], verdicts: Verdicts
+    folder: Path,
+    *,
+    artifact: Artifact,
+    checkpoint: Checkpoint,
+    calibration: Mapping[str, Any],
+    remarks: Sequence[str],
+    verdicts: Verdicts,
 ) -> dict[str, Any]:
-    """The content of ``manifest.json``, over every file of the folder."""
+    """The content of ``manifest.json``, over every file of the folder. ``remarks``: what an app has to know of the
+    artifact, a sentence each."""
     scheme, arithmetic = artifact.scheme, artifact.arithmetic
     return {
         "schema": SCHEMA,
@@ -178,6 +185,7 @@ def describe_bundle(
         "target": artifact.target,
         "backend": artifact.backend,
         "calibration": dict(calibration),
+        **({"remarks": list(remarks)} if remarks else {}),
         "files": file_entries(folder),
         **verdicts.to_json(),
         "tools": {name: version(name) for name in TOOLS},

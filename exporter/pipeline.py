@@ -79,7 +79,7 @@ from exporter.spec import (
 from exporter.store import StoreKey, WeightStore
 from exporter.texts import Texts, as_recorded, check_recorded, read_texts
 from exporter.tokenizer import Tokenizer, open_tokenizer
-from targets.base import Target, arithmetic_for, seeing
+from targets.base import Target, arithmetic_for, remarks_of, seeing
 
 REPORT = "report.html"
 _FAILURES = {
@@ -263,10 +263,14 @@ def _make_bundle(
     label: str, target: Target, material: Material, folder: Path, *, quality: Report, progress: Progress
 ) -> dict[str, Any]:
     """Fill ``folder`` with the artifact, its goldens and a manifest with its verdicts; give the manifest."""
+    material, remarks = _as_taken(label, material)
     plan, graph = material.plan, material.graph
     store = material.store.as_computed(arithmetic_for(target, plan))
     progress.stage(f"{label}: lowering")
     artifact = target.lower(material.program.decoder, store, plan, folder)
+    remarks += remarks_of(target, artifact)
+    for remark in remarks:
+        progress.note(f"{label}: {remark}")
     vision, seen = material.program.vision, artifact.spec.vision
     if vision and seen:
         seeing(target).lower_vision(vision, store, plan, folder)
@@ -301,11 +305,29 @@ def _make_bundle(
     if material.texts.calibration:
         calibration |= {"seed": plan.sampling.seed, "evaluation_overlap": material.texts.overlap}
     described = describe_bundle(
-        folder, artifact=artifact, checkpoint=store.checkpoint, calibration=calibration, verdicts=verdicts
+        folder,
+        artifact=artifact,
+        checkpoint=store.checkpoint,
+        calibration=calibration,
+        remarks=remarks,
+        verdicts=verdicts,
     )
     outcome = Outcome(target=label, folder=folder, manifest=described, errors_by_tensor=_errors_by_tensor(store))
     (folder / REPORT).write_text(html([outcome]), encoding="utf-8")
     return write_manifest(folder, described)
+
+
+def _as_taken(label: str, material: Material) -> tuple[Material, list[str]]:
+    """What a target can take of it, and what it leaves out, in sentences."""
+    spec = material.graph.spec
+    if not spec.extra_embeddings or label not in targets.EMBEDDINGS_OF_THE_HEAD:
+        return material, []
+    program = trace_program(spec.without_extra_embeddings())
+    remark = (
+        f"of the embedding the {spec.vocab_size} rows are taken that the head has too; tokens from {spec.vocab_size} "
+        "on, an image's among them, cannot be fed"
+    )
+    return replace(material, program=program, store=material.store.without_extra_embeddings()), [remark]
 
 
 def _images(
@@ -411,7 +433,10 @@ def validate(
         checkpoint = _open(plan)
         _check_source(manifest, checkpoint, bundle=bundle)
         tokenizer, program = Tokenizer(bundle), trace_program(checkpoint.spec)
-        material = _quantize(plan, checkpoint, tokenizer, program, recorded=manifest["calibration"], progress=progress)
+        material, _ = _as_taken(
+            label,
+            _quantize(plan, checkpoint, tokenizer, program, recorded=manifest["calibration"], progress=progress),
+        )
         codes, parity, quality = _prove_against(material, target, artifact, goldens, progress=progress)
         images = _images(target, artifact, material, goldens.drive, progress=progress)
     bisection = None

@@ -308,6 +308,10 @@ class ModelSpec:
         """What it sees images with, in whichever way; None: it sees none."""
         return self.images or self.fusion
 
+    def without_extra_embeddings(self) -> ModelSpec:
+        """The same model for one who reads no token that it does not write."""
+        return replace(self, extra_embeddings=0)
+
     @property
     def num_embeddings(self) -> int:
         """Tokens that can be read."""

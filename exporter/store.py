@@ -26,7 +26,7 @@ from exporter.checkpoint.tensors import LazyCodes
 from exporter.errors import InputError
 from exporter.files import save_tensors, sha256, written_whole
 from exporter.quantized import CodedTensor, PalettizedTensor, QuantizedTensor, pack_int4, unpack_int4
-from exporter.spec import LAYERS, VISION, Arithmetic, ModelSpec, Precision, Recipe, WeightScheme
+from exporter.spec import LAYERS, VISION, Arithmetic, Precision, Recipe, WeightScheme
 
 FORMAT_VERSION = 3
 
@@ -75,13 +75,10 @@ class WeightStore:
         self.checkpoint = checkpoint
         self.key = key
         self.folder = root / key.digest()
+        self.spec = checkpoint.spec
         self._arithmetic: Arithmetic | None = None
         self.rounded_scales: dict[str, float] = {}
         """The largest relative change of a scale, for each matrix read so far of which it is not 0."""
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.checkpoint.spec
 
     @property
     def scheme(self) -> WeightScheme:
@@ -91,11 +88,25 @@ class WeightStore:
         """The same as a target of that arithmetic can hold it: scales that are the checkpoint's own rounded to its
         dtypes."""
         found = WeightStore(checkpoint=self.checkpoint, key=self.key, root=self.folder.parent)
+        found.spec = self.spec
         found._arithmetic = arithmetic
+        return found
+
+    def without_extra_embeddings(self) -> WeightStore:
+        """The same with the rows of the embedding alone that the head has too."""
+        found = WeightStore(checkpoint=self.checkpoint, key=self.key, root=self.folder.parent)
+        found.spec = self.spec.without_extra_embeddings()
+        found._arithmetic = self._arithmetic
         return found
 
     def __getitem__(self, name: str) -> StoredWeight:
         """Raises InputError where the file or the checkpoint cannot be read, or float16 cannot hold a value."""
+        found = self._read(name)
+        rows = self.spec.weights()[name][0]
+        return found if found.shape[0] == rows else _first_rows(plain(found), rows)
+
+    def _read(self, name: str) -> StoredWeight:
+        """All rows that there are."""
         if not self._is_matrix(name):
             return self._read_floats(name)
         if self.scheme.kept_kind(name):
@@ -319,6 +330,13 @@ def plain(weight: StoredWeight) -> PlainWeight:
     """``weight`` where no palette can be: of targets that take none (``targets.PALETTES``)."""
     assert not isinstance(weight, PalettizedTensor)
     return weight
+
+
+def _first_rows(weight: PlainWeight, count: int) -> PlainWeight:
+    if isinstance(weight, Tensor):
+        return weight[:count]
+    zeros = None if weight.zeros is None else weight.zeros[:count]
+    return replace(weight, codes=weight.codes[:count], scales=weight.scales[:count], zeros=zeros)
 
 
 def finite(name: str, weight: Tensor) -> Tensor:

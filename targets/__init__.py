@@ -37,15 +37,16 @@ INT8_CACHES = {"executorch": "int8", "onnxruntime": INT8_STATIC}
 PALETTES = ("coreml", "coreml-ane")
 """Labels that take ``Precision.LUT4``."""
 
-EXPERTS = ("executorch", "onnxruntime", "coreml")
+EXPERTS = ("executorch", "onnxruntime", "coreml", "gguf")
 """Labels that take a model with experts, and attention that differs from layer to layer."""
 
 
 SEEING = ("executorch", "onnxruntime", "coreml")
 """Labels that take what looks at images (``targets.base.SeeingTarget``)."""
 
-FUSING = ("onnxruntime",)
-"""Labels that take images whose states stand in the place of tokens (``spec.FusionSpec``)."""
+EMBEDDINGS_OF_THE_HEAD = ("gguf",)
+"""Labels whose runtime wants an embedding as long as the head: rows of tokens that are read and never written are left
+out."""
 
 PRUNED_HEADS = ("executorch", "executorch-portable", "onnxruntime", "coreml")
 """Labels that take a head of some tokens only."""
@@ -113,10 +114,8 @@ def _not_taken(name: str, spec: ModelSpec, plan: Plan) -> str | None:
         return f"it takes no pruned head, --head-tokens; those that do: {', '.join(PRUNED_HEADS)}"
     if not plan.images:
         return None
-    able = FUSING if spec.fusion else SEEING
-    if name not in able:
-        kind = "images among tokens" if spec.fusion and name in SEEING else "images"
-        return f"it takes no {kind}; those that do: {', '.join(able)}; without --images it takes the text part"
+    if name not in SEEING:
+        return f"it takes no images; those that do: {', '.join(SEEING)}; without --images it takes the text part"
     if plan.kv_cache or plan.prefer is Prefer.PREFILL or spec.head_tokens:
         option = "--kv-cache int8" if plan.kv_cache else "--head-tokens" if spec.head_tokens else "--prefer prefill"
         return f"{option} has not been tried on a model that sees images"

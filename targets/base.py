@@ -250,6 +250,19 @@ class SeeingTarget(Target, Protocol):
         ...
 
 
+@runtime_checkable
+class RemarkingTarget(Target, Protocol):
+    """One whose runtime does something otherwise than the model, where nothing of ours can help it."""
+
+    def remarks(self, artifact: Artifact) -> list[str]:
+        """A sentence for each such thing that the artifact has."""
+        ...
+
+
+def remarks_of(target: Target, artifact: Artifact) -> list[str]:
+    return target.remarks(artifact) if isinstance(target, RemarkingTarget) else []
+
+
 def seeing(target: Target) -> SeeingTarget:
     """``target``, of which ``targets.SEEING`` says that it is one."""
     assert isinstance(target, SeeingTarget)

@@ -248,5 +248,5 @@ def _llamacpp(sizes: _Sizes) -> Iterator[Part]:
     mapped = sum(matrix.size_bytes for matrix in matrices) - packed
     yield Part(name="other weights, mapped", size_bytes=mapped, mapped=True)
     step = min(_STEP, sizes.context)
-    floats = 5 * spec.hidden_size + 3 * spec.intermediate_size
+    floats = 5 * spec.hidden_size + 3 * spec.widest_mlp
     yield Part(name=f"activations of {step} tokens", size_bytes=step * (4 * floats + 2 * sizes.context))

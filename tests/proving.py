@@ -30,7 +30,7 @@ def manifest_of_proven(target: Target, store: WeightStore, plan: Plan, *, sample
     assert (codes.verdict, parity.verdict) == (Verdict.PASSED, Verdict.PASSED), (codes, parity)
     verdicts = Verdicts(codes=codes, parity=parity, quality=parity, latency=parity)
     described = describe_bundle(
-        plan.out, artifact=artifact, checkpoint=store.checkpoint, calibration={}, verdicts=verdicts
+        plan.out, artifact=artifact, checkpoint=store.checkpoint, calibration={}, remarks=(), verdicts=verdicts
     )
     manifest = write_manifest(plan.out, described)
     assert read_artifact(open_bundle(plan.out), path=artifact.path) == artifact

@@ -28,6 +28,7 @@ from exporter.spec import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
+    LAYERS,
     AttentionSpec,
     CodeKind,
     ExpertSpec,
@@ -117,7 +118,7 @@ _READ_OF_EXPERTS = {
 """Beside ``_READ``, for architecture ``llama4``."""
 _EVERYWHERE = "attention.sliding_window"
 """A field that a Llama 4 has where all of its layers have positions, and none is chunked."""
-_CHUNK, _INTERVAL, _FLOOR_SCALE, _ATTN_SCALE, _WITHOUT_QK_NORM = 8192, 4, 8192, 0.1, 128
+_CHUNK, LLAMA4_INTERVAL, _FLOOR_SCALE, _ATTN_SCALE, _WITHOUT_QK_NORM = 8192, 4, 8192, 0.1, 128
 """What no file tells of a Llama 4: positions of a chunk, every which layer has neither chunks nor positions, how its
 temperature rises, and how many experts tell of a model without QK norm (llama.cpp, src/models/llama4.cpp)."""
 
@@ -304,7 +305,9 @@ def read_spec(header: Header) -> ModelSpec:
             rope=_read_rope(header),
             bos_token_id=bos,
             eos_token_ids=eos,
-            attention=_attention(header, layers=layers) if has_experts else AttentionSpec(),
+            attention=llama4_attention(layers=layers, experts=_integer(header, "expert_count"))
+            if has_experts
+            else AttentionSpec(),
             experts=_experts(header, layers=layers) if has_experts else None,
         )
     except ValueError as error:
@@ -333,11 +336,11 @@ def stored_tensors(header: Header, spec: ModelSpec) -> Iterator[tuple[str, GGUFT
             continue
         known, stack = _readable(name, info), _STACKED.fullmatch(name)
         if stack and spec.experts and len(info.shape) == 3:
-            place = f"model.layers.{stack[1]}.feed_forward.experts"
+            place = f"{_layer(stack[1], spec)}.feed_forward.experts"
             for expert, one in enumerate(_apart_experts(known)):
                 yield f"{place}.{expert}.{stack[2]}_proj.weight", GGUFTensor(name, one, heads=0)
             continue
-        renamed = _renamed(name, _EXPERT_BLOCK if spec.experts else _BLOCK)
+        renamed = _renamed(name, spec)
         yield renamed, GGUFTensor(name, known, heads=permuted_heads(renamed, spec))
 
 
@@ -348,12 +351,15 @@ def _apart_experts(info: TensorInfo) -> Iterator[TensorInfo]:
         yield replace(info, shape=info.shape[1:], offset=info.offset + expert * size)
 
 
-def llamacpp_name(name: str, numbers: Mapping[int, int]) -> str:
-    """Of the weight that Hugging Face calls ``name``; ``numbers`` are those that the layers have in the file."""
+def llamacpp_name(name: str, numbers: Mapping[int, int], *, has_experts: bool) -> str:
+    """Of the weight that Hugging Face calls ``name``, an expert's: of the stack that it is in; ``numbers`` are those
+    that the layers have in the file."""
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
     if found is None:
         return next(ours for ours, theirs in _ENDS.items() if theirs == name)
-    part = next(ours for ours, theirs in _BLOCK.items() if theirs == found.group(2))
+    expert = re.fullmatch(r"feed_forward\.experts\.\d+\.(gate|up|down)_proj", found.group(2))
+    block = _EXPERT_BLOCK if has_experts else _BLOCK
+    part = f"ffn_{expert[1]}_exps" if expert else next(our for our, their in block.items() if their == found.group(2))
     return f"blk.{numbers[int(found.group(1))]}.{part}.weight"
 
 
@@ -573,12 +579,18 @@ def _readable(name: str, info: TensorInfo) -> TensorInfo:
     return info
 
 
-def _renamed(name: str, block: Mapping[str, str]) -> str:
+def _renamed(name: str, spec: ModelSpec) -> str:
     """A tensor's name of Hugging Face; those unknown stay as they are."""
+    block = _EXPERT_BLOCK if spec.experts else _BLOCK
     found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
     if found is None or found.group(2) not in block:
         return _ENDS.get(name, name)
-    return f"model.layers.{found.group(1)}.{block[found.group(2)]}.weight"
+    return f"{_layer(found.group(1), spec)}.{block[found.group(2)]}.weight"
+
+
+def _layer(number: str, spec: ModelSpec) -> str:
+    """How the names of the weights of block ``number`` begin; one beyond the model's layers is unknown by any name."""
+    return spec.layer_name(int(number)) if int(number) < spec.num_hidden_layers else f"{LAYERS}{number}"
 
 
 def _refuse_unknown(header: Header) -> None:
@@ -601,13 +613,14 @@ def _refuse_unknown(header: Header) -> None:
             raise _unknown(header, field, value, known=[*only, "no such field"])
 
 
-def _attention(header: Header, *, layers: int) -> AttentionSpec:
-    rotated = tuple(layer for layer in range(layers) if (layer + 1) % _INTERVAL)
+def llama4_attention(*, layers: int, experts: int) -> AttentionSpec:
+    """Of every Llama 4 in a GGUF file: what llama.cpp computes, which no field tells."""
+    rotated = tuple(layer for layer in range(layers) if (layer + 1) % LLAMA4_INTERVAL)
     return AttentionSpec(
         attention_chunk_size=_CHUNK,
         chunked_layers=rotated,
         unrotated_layers=tuple(layer for layer in range(layers) if layer not in rotated),
-        use_qk_norm=_integer(header, "expert_count") != _WITHOUT_QK_NORM,
+        use_qk_norm=experts != _WITHOUT_QK_NORM,
         floor_scale=_FLOOR_SCALE,
         attn_scale=_ATTN_SCALE,
     )

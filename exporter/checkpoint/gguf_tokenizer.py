@@ -1,4 +1,5 @@
-"""The vocabulary in a GGUF file -> tokenizer.json and what belongs to it, with the ids that llama.cpp gives.
+"""The vocabulary in a GGUF file -> tokenizer.json and what belongs to it, with the ids that llama.cpp gives (of a
+Llama 4: that Meta's tokenizer gives, see ``LLAMA4``).
 
 Not by transformers' converter (``integrations.gguf`` of 5.23), which leaves out Llama 3's rule that a word of the
 vocabulary is taken whole, adds a token, and puts no space before a text that begins with one.
@@ -46,10 +47,12 @@ SPLITS = {
     "smollm": (r"\p{N}", _GPT2),
 }
 """How text is cut before merging, one pattern after the other, by ``tokenizer.ggml.pre`` (``llama-vocab.cpp``)."""
-_READ = {**SPLITS, "llama4": (LLAMA4_PATTERN,)}
+LLAMA4 = "llama4"
+_READ = {**SPLITS, LLAMA4: (LLAMA4_PATTERN,)}
 """What is read besides: Llama 4's own pattern; llama.cpp has one that takes letters beyond ASCII otherwise."""
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")
-"""Those of them under which a word that is a token is taken whole, without merging, and a begin token is usual."""
+"""Those of them under which a word that is a token is taken whole, without merging, and a begin token is usual. Under
+``llama4`` it is taken whole too, as Meta's tokenizer does; llama.cpp merges it."""
 
 
 def write_tokenizer(path: Path, folder: Path) -> None:
@@ -192,7 +195,7 @@ def _byte_level(header: Header, vocabulary: dict[str, int]) -> Tokenizer:
         models.BPE(
             vocab=vocabulary,
             merges=[(merge[: merge.find(" ", 1)], merge[merge.find(" ", 1) + 1 :]) for merge in merges],
-            ignore_merges=pre in WHOLE_WORDS,
+            ignore_merges=pre in (*WHOLE_WORDS, LLAMA4),
         )
     )
     cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _READ[pre]]

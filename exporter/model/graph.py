@@ -189,9 +189,10 @@ class Program:
     """What gives ``decoder`` what it takes from one image, or from one tile of it."""
 
 
-def in_slices(graph: Graph, *, limit_bytes: int) -> list[Graph]:
+def in_slices(graph: Graph, *, limit_bytes: int, multiple: int = 1) -> list[Graph]:
     """Shorter models that have every layer of ``graph`` between them, as many each as have ``limit_bytes`` in float32
-    (one at least), and the head in one of its own; ``graph`` itself where all of it has no more than that."""
+    (one at least), and the head in one of its own; ``graph`` itself where all of it has no more than that. Each begins
+    at a layer that ``multiple`` divides, and has so many at least."""
     sizes = [0] * graph.spec.num_hidden_layers
     for node in graph.nodes:
         if node.layer is not None:
@@ -200,7 +201,8 @@ def in_slices(graph: Graph, *, limit_bytes: int) -> list[Graph]:
         return [graph]
     starts = [0]
     for layer in range(len(sizes)):
-        if layer > starts[-1] and sum(sizes[starts[-1] : layer + 1]) > limit_bytes:
+        begins = layer > starts[-1] and layer % multiple == 0 and layer + multiple <= len(sizes)
+        if begins and sum(sizes[starts[-1] : layer + multiple]) > limit_bytes:
             starts.append(layer)
     ranges = [range(start, stop) for start, stop in pairwise([*starts, len(sizes)])]
     return [*(graph.shortened(layers, head=False) for layers in ranges), graph.shortened(range(0), head=True)]

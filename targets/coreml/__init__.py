@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from targets.coreml.lower import Emitter
 
 _PACKAGE, VISION = "model.mlpackage", "vision.mlpackage"
+MOST_IMAGES = 4
+"""That a text may have: Core ML wants a bound of every length. Of 11B each has 210 MB of keys and values, which an app
+gives with every call."""
+
 COMPUTE_UNITS = ("CPU_AND_GPU", "ALL", "CPU_ONLY", "CPU_AND_NE")
 """Names of ``coremltools.ComputeUnit``. The first is what a package is made for, and the default."""
 
@@ -71,17 +75,18 @@ class CoreMLTarget:
 
     def lower(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> Artifact:
         from targets.base import make_artifact
-        from targets.coreml.images import SeeingEmitter
+        from targets.coreml.images import FusingEmitter, SeeingEmitter
         from targets.coreml.lower import DecoderEmitter
 
-        path = self.find(out)
-        self._write(graph, store, plan, path, emitter=SeeingEmitter if graph.spec.images else DecoderEmitter)
+        path, spec = self.find(out), graph.spec
+        emitter = SeeingEmitter if spec.images else FusingEmitter if spec.fusion else DecoderEmitter
+        self._write(graph, store, plan, path, emitter=emitter)
         return make_artifact(self, spec=graph.spec, plan=plan, path=path)
 
     def lower_vision(self, graph: Graph, store: WeightStore, plan: Plan, out: Path) -> None:
-        from targets.coreml.images import VisionEmitter
+        from targets.coreml.images import TileEmitter, VisionEmitter
 
-        self._write(graph, store, plan, out / VISION, emitter=VisionEmitter)
+        self._write(graph, store, plan, out / VISION, emitter=TileEmitter if graph.spec.fusion else VisionEmitter)
 
     def _write(self, graph: Graph, store: WeightStore, plan: Plan, path: Path, *, emitter: type[Emitter]) -> None:
         from targets.coreml.lower import lower

@@ -406,8 +406,10 @@ def _squeeze(*, x: Tensor, axes: Tensor) -> Tensor:
     return x.squeeze(tuple(axes.tolist()))
 
 
-def _attention(*, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> Tensor:
+def _attention(*, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """softmax(query key^T / sqrt(D) + mask) value, over [B, H, ...] that must be equal: MIL broadcasts no head."""
+    if attn_mask is None:
+        attn_mask = torch.zeros(query.shape[-2], key.shape[-2])
     batches = {tuple(tensor.shape[:-2]) for tensor in (query, key, value)}
     if len(batches) != 1:
         raise ValueError(f"query, key and value differ in batch dimensions: {sorted(batches)}")

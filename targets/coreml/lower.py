@@ -160,6 +160,13 @@ class Emitter:
             normed = mb.mul(x=normed, y=self._weight(weight))
         return mb.reshape(x=cast(normed, self._compute), shape=sizes_of(*rows, width))
 
+    def _turned(self, x: MilVar, cos: MilVar, sin: MilVar) -> MilVar:
+        """Channels i and i + D/2 of ``x`` [1, heads, T, D] by the angles of float32 tables [1, 1, T, D/2]."""
+        first, second = mb.split(x=cast(x, "fp32"), num_splits=2, axis=-1)
+        turned_first = mb.sub(x=mb.mul(x=first, y=cos), y=mb.mul(x=second, y=sin))
+        turned_second = mb.add(x=mb.mul(x=second, y=cos), y=mb.mul(x=first, y=sin))
+        return cast(mb.concat(values=[turned_first, turned_second], axis=-1), self._compute)
+
     def _rows(self, x: MilVar) -> Sequence[int | MilVar]:
         """The sizes of ``x`` [A, B, H] but the last."""
         return tuple(x.shape[:2])
@@ -340,11 +347,7 @@ class DecoderEmitter(Emitter):
         return mb.transpose(x=x, perm=[0, 2, 1, 3])  # [1, T, H*D] -> [1, H, T, D]
 
     def _rotate(self, x: MilVar, inv_freq: Constant) -> MilVar:
-        cos, sin = self._rope_of_this_call(inv_freq)
-        first, second = mb.split(x=cast(x, "fp32"), num_splits=2, axis=-1)
-        turned_first = mb.sub(x=mb.mul(x=first, y=cos), y=mb.mul(x=second, y=sin))
-        turned_second = mb.add(x=mb.mul(x=second, y=cos), y=mb.mul(x=first, y=sin))
-        return cast(mb.concat(values=[turned_first, turned_second], axis=-1), self._compute)
+        return self._turned(x, *self._rope_of_this_call(inv_freq))
 
     def _rope_of_this_call(self, inv_freq: Constant) -> tuple[MilVar, MilVar]:
         """Cosines and sines of positions P .. E, float32 [1, 1, T, D/2], cut from tables as long as the context."""

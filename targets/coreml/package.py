@@ -113,7 +113,7 @@ def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
 
     Raises LoweringError for a compressed constant that is no weight of the model, such as a RoPE table.
     """
-    paths = [artifact.path, artifact.path.with_name(VISION)] if artifact.spec.images else [artifact.path]
+    paths = [artifact.path, artifact.path.with_name(VISION)] if artifact.spec.vision else [artifact.path]
     return weights_in(map(Package, paths), artifact.spec)
 
 

@@ -10,15 +10,23 @@ import torch
 from torch import Tensor
 
 from exporter.errors import HostError
+from exporter.model.image_ops import tiles_of
 from exporter.spec import Artifact
 from targets.base import BaseRunner
-from targets.coreml import VISION
+from targets.coreml import MOST_IMAGES, VISION
 from targets.coreml.evaluate import Evaluator, Rounding
-from targets.coreml.images import MOST_IMAGES, TILES, image_features, image_name, state_features
+from targets.coreml.images import (
+    IMAGE_STATES,
+    TILES,
+    fused_features,
+    image_features,
+    image_name,
+    state_features,
+)
 from targets.coreml.lower import IDS, LOGITS, MASK
 from targets.coreml.package import Package
 from targets.coreml.toolchain import ct, quiet
-from targets.images import ShownImages
+from targets.images import CrossedStates, FusedImages
 
 Predict = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """From the features that a package reads, floats of any dtype, to those that it gives; states grow on the way."""
@@ -67,16 +75,20 @@ class CoreMLRunner(BaseRunner):
         self._predict: Predict | None = load(artifact.path)
         self.load_s = time.perf_counter() - started
         spec = artifact.spec
-        self._images: ShownImages | None = None
+        self._images: CrossedStates | None = None
+        self._fused = FusedImages(spec) if spec.fusion else None
         if spec.images:
-            self._images = ShownImages(spec, spec.images, states=spec.images.tile_states, most=MOST_IMAGES)
+            self._images = CrossedStates(spec, spec.images, states=spec.images.tile_states, most=MOST_IMAGES)
 
     def look(self, image: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """As ``targets.base.SeeingRunner``."""
-        images = self._images
+        vision, images = self._artifact.path.with_name(VISION), self._images
+        if self._fused:
+            predict = self._load(vision)
+            return self._fused.show([predict(image_features(tile))[IMAGE_STATES].float() for tile in tiles_of(image)])
         assert images is not None  # who shows an image has looked at the spec
         images.check_room()
-        found = self._load(self._artifact.path.with_name(VISION))(image_features(image))
+        found = self._load(vision)(image_features(image))
         return images.show({name: found[image_name(name)].float().flatten(1, 2)[None] for name in images.states})
 
     def feed(self, ids: Sequence[int], *, tiles: Tensor | None = None) -> Tensor:
@@ -87,6 +99,8 @@ class CoreMLRunner(BaseRunner):
         if self._images:
             features[TILES] = self._images.seen(tiles, length=len(ids)).float()
             features |= state_features(self._images.states, tiles=features[TILES].shape[2])
+        if self._fused:
+            features |= fused_features(self._fused.inputs(tiles, length=len(ids)))
         started = time.perf_counter()
         logits = self._predict(features)[LOGITS]
         self.steps_s = (time.perf_counter() - started,)

@@ -73,10 +73,10 @@ class ExecuTorchTarget:
         from targets.executorch.lower import write_program
 
         path = out / FILE_NAME
-        if graph.spec.images:
-            from targets.executorch.images import SeeingWalk
+        if graph.spec.vision:
+            from targets.executorch.images import walk_of
 
-            write_program(graph, store, path, context=plan.context, logits=plan.logits, walk=SeeingWalk)
+            write_program(graph, store, path, context=plan.context, logits=plan.logits, walk=walk_of(graph.spec))
         else:
             write_program(graph, store, path, context=plan.context, logits=plan.logits, kv_cache=plan.kv_cache)
         return make_artifact(self, spec=graph.spec, plan=plan, path=path)
@@ -90,7 +90,7 @@ class ExecuTorchTarget:
         return bundle / FILE_NAME
 
     def read_weights(self, artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
-        if artifact.spec.images:
+        if artifact.spec.vision:
             from targets.executorch.images import read_weights as read_both
 
             return read_both(artifact)

@@ -1,5 +1,5 @@
-"""What a model that sees images adds: its decoder's layers that look at them, and ``vision.pte``, which gives these
-layers their keys and values.
+"""What a model that sees images adds: its decoder's layers that look at them, or states of theirs in the place of
+tokens; and ``vision.pte``, which gives the decoder their keys and values, or these states.
 
 Two programs, as ExecuTorch's own example of this model has them (examples/models/llama3_2_vision: ``vision_encoder``,
 ``text_decoder``): the one is run once for an image, and its weights can then be let go.
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from exporter.errors import LoweringError
-from exporter.model.graph import Graph, Table, Weight, image_names
+from exporter.model.graph import FUSED, Constant, Graph, Table, Weight, image_names
 from exporter.model.reference import Weights
 from exporter.model.trace import trace_program, trace_vision
-from exporter.spec import Artifact, ImageSpec, ModelSpec
+from exporter.spec import Artifact, FusionSpec, ImageSpec, ModelSpec
 from exporter.store import StoredWeight
 from targets.executorch import MOST_IMAGES, VISION, border, read
 from targets.executorch.lower import (
@@ -91,15 +91,33 @@ class SeeingWalk(Walk):
         return self._segment.multiply(x, seen)
 
 
-class VisionWalk(BaseWalk):
-    """Over what turns one image into keys and values: ``pixel_values`` float32 ``[1, M, C, S, S]``,
-    ``aspect_ratio_ids`` int64 ``[1, 1]``, ``aspect_ratio_mask`` int64 ``[1, 1, M]``, as transformers' processor gives
-    them -> of each layer that looks the keys, then of each the values, ``[1, M * N, KV, D]``. Every length is fixed."""
+class FusingWalk(Walk):
+    """A decoder with states of images in the place of tokens: behind tokens and position it takes ``image_states``
+    float32 ``[1, T, H]`` and ``shown`` bool ``[1, T]``, in the place of which tokens."""
 
-    def __init__(self, weights: Weights, matrices: Weights, spec: ModelSpec) -> None:
-        super().__init__(weights, matrices)
-        self._images = _images(spec)
-        self._masks: dict[tuple[int, int], Wire] = {}
+    def _other_inputs(self, spec: ModelSpec) -> dict[str, Wire]:
+        states, shown = FUSED
+        return {states: Wire((1, self._context, spec.hidden_size)), shown: Wire((1, self._context))}
+
+    def example(self, spec: ModelSpec) -> Example:
+        text = super().example(spec)
+        states = torch.zeros(1, EXAMPLE_LENGTH, spec.hidden_size)
+        shown = torch.zeros(1, EXAMPLE_LENGTH, dtype=torch.bool)
+        assert text.dynamic_shapes is not None  # of a decoder
+        length, start = text.dynamic_shapes
+        return Example((*text.inputs, states, shown), (length, start, (length, length)))
+
+    def _table(self) -> Table:
+        return {**super()._table(), "fuse": lambda x, *fused: self._outside(Fused(), x, *fused, shape=x.shape)}
+
+
+def walk_of(spec: ModelSpec) -> type[Walk]:
+    """Over the decoder of one that sees images."""
+    return FusingWalk if spec.fusion else SeeingWalk
+
+
+class _PixelWalk(BaseWalk):
+    """Over a vision graph. Every length is fixed."""
 
     def run(self, graph: Graph) -> nn.Module:
         inputs = {name: Wire(tuple(tensor.shape)) for name, tensor in self._given().items()}
@@ -108,6 +126,93 @@ class VisionWalk(BaseWalk):
 
     def example(self) -> Example:
         return Example((*self._given().values(),))
+
+    def _given(self) -> dict[str, Tensor]:
+        """Its inputs, by our names."""
+        raise NotImplementedError
+
+    def _table(self) -> Table:
+        return {
+            **super()._table(),
+            "patches": self._patches,
+            "pad_states": lambda x, count: self._outside(Padded(count), x, shape=(x.shape[0], count, x.shape[2])),
+            "layer_norm": self._layer_norm,
+            "bias": lambda x, bias: self._segment.bias(x, bias.name, self._vector(bias)),
+            "gelu": self._in_segment(Segment.gelu),
+        }
+
+    def _patches(self, pixels: Wire, size: int) -> Wire:
+        _, count, channels, side, _ = pixels.shape
+        return self._outside(Patches(size), pixels, shape=(count, (side // size) ** 2, channels * size * size))
+
+    def _layer_norm(self, x: Wire, weight: Weight, bias: Weight, eps: float) -> Wire:
+        gains, shifts = (weight.name, self._vector(weight)), (bias.name, self._vector(bias))
+        return self._segment.layer_norm(x, weight=gains, bias=shifts, eps=eps)
+
+    def _matrix(self, table: Weight) -> Tensor:
+        values = self._weights[table.name]
+        assert isinstance(values, Tensor)  # what is no product is float32 or float16 in every scheme
+        return values
+
+
+class TileWalk(_PixelWalk):
+    """``pixel_values`` float32 ``[1, 1, C, S, S]``, a tile as transformers' processor gives it -> ``image_states``
+    float32 ``[1, N, H]``."""
+
+    def __init__(self, weights: Weights, matrices: Weights, spec: ModelSpec) -> None:
+        super().__init__(weights, matrices)
+        assert spec.fusion is not None  # who lowers what sees them has looked
+        self._fusion: FusionSpec = spec.fusion
+        self._turns: tuple[Wire, Wire] | None = None
+
+    def _given(self) -> dict[str, Tensor]:
+        side = self._fusion.image_size
+        return {"pixel_values": torch.zeros(1, 1, self._fusion.num_channels, side, side)}
+
+    def _table(self) -> Table:
+        return {
+            **super()._table(),
+            "append": self._append,
+            "add_position": self._add_position,
+            "patch_attention": self._patch_attention,
+            "pixel_shuffle": self._pixel_shuffle,
+        }
+
+    def _append(self, x: Wire, state: Weight) -> Wire:
+        count, length, width = x.shape
+        return self._outside(Appended(self._vector(state)), x, shape=(count, length + 1, width))
+
+    def _add_position(self, x: Wire, table: Weight) -> Wire:
+        return self._segment.add(x, self._outside(Positions(self._matrix(table)), shape=(1, *table.shape)))
+
+    def _patch_attention(self, q: Wire, k: Wire, v: Wire, angles: Constant, heads: int) -> Wire:
+        if self._turns is None:
+            module = Turns(angles.value)
+            cos, sin = Wire(tuple(module.get_buffer("cos").shape)), Wire(tuple(module.get_buffer("sin").shape))
+            self._steps.append(Step(module, (), (cos, sin)))
+            self._turns = cos, sin
+        cos, sin = self._turns
+        segment = self._segment
+        q, k, v = (segment.split_heads(x, heads) for x in (q, k, v))
+        q, k = segment.rotate(q, cos=cos, sin=sin), segment.rotate(k, cos=cos, sin=sin)
+        context = self._outside(WholeAttention(q.shape[-1] ** -0.5), q, k, v, shape=q.shape)
+        return self._segment.join_heads(context)
+
+    def _pixel_shuffle(self, x: Wire, step: int) -> Wire:
+        count, length, width = x.shape
+        shape = (count, length // step**2, width * step**2)
+        return self._outside(Shuffled(self._fusion.side, step), x, shape=shape)
+
+
+class VisionWalk(_PixelWalk):
+    """Over what turns one image into keys and values: ``pixel_values`` float32 ``[1, M, C, S, S]``,
+    ``aspect_ratio_ids`` int64 ``[1, 1]``, ``aspect_ratio_mask`` int64 ``[1, 1, M]``, as transformers' processor gives
+    them -> of each layer that looks the keys, then of each the values, ``[1, M * N, KV, D]``. Every length is fixed."""
+
+    def __init__(self, weights: Weights, matrices: Weights, spec: ModelSpec) -> None:
+        super().__init__(weights, matrices)
+        self._images = _images(spec)
+        self._masks: dict[tuple[int, int], Wire] = {}
 
     def _given(self) -> dict[str, Tensor]:
         images = self._images
@@ -121,23 +226,13 @@ class VisionWalk(BaseWalk):
     def _table(self) -> Table:
         return {
             **super()._table(),
-            "patches": self._patches,
             "prepend": self._prepend,
             "add_position": self._add_position,
             "add_tile_position": self._add_tile_position,
-            "pad_states": lambda x, count: self._outside(Padded(count), x, shape=(x.shape[0], count, x.shape[2])),
             "tile_attention": self._tile_attention,
-            "layer_norm": self._layer_norm,
-            "bias": lambda x, bias: self._segment.bias(x, bias.name, self._vector(bias)),
-            "gelu": self._in_segment(Segment.gelu),
             "concat": self._concat,
             "as_heads": self._in_segment(Segment.as_heads),
         }
-
-    def _patches(self, pixels: Wire, size: int) -> Wire:
-        images = self._images
-        shape = (images.max_num_tiles, images.tile_states - 1, images.num_channels * size * size)
-        return self._outside(Patches(size), pixels, shape=shape)
 
     def _prepend(self, x: Wire, state: Weight) -> Wire:
         count, length, width = x.shape
@@ -153,11 +248,6 @@ class VisionWalk(BaseWalk):
         row = self._outside(Row(self._matrix(table), shape), ratio, shape=shape)
         return self._segment.add(x, self._segment.tanh_gate(row, gate.name, self._vector(gate)))
 
-    def _matrix(self, table: Weight) -> Tensor:
-        values = self._weights[table.name]
-        assert isinstance(values, Tensor)  # what is no product is float32 or float16 in every scheme
-        return values
-
     def _tile_attention(self, q: Wire, k: Wire, v: Wire, tiles: Wire, states: int, heads: int) -> Wire:
         count, length, width = q.shape
         if (states, length) not in self._masks:
@@ -165,10 +255,6 @@ class VisionWalk(BaseWalk):
             self._masks[states, length] = self._outside(PaddingMask(states, length), tiles, shape=shape)
         module = TileAttention(heads, scale=(width // heads) ** -0.5)
         return self._outside(module, q, k, v, self._masks[states, length], shape=q.shape)
-
-    def _layer_norm(self, x: Wire, weight: Weight, bias: Weight, eps: float) -> Wire:
-        gains, shifts = (weight.name, self._vector(weight)), (bias.name, self._vector(bias))
-        return self._segment.layer_norm(x, weight=gains, bias=shifts, eps=eps)
 
     def _concat(self, *parts: Wire) -> Wire:
         return self._outside(Concatenated(), *parts, shape=(*parts[0].shape[:-1], sum(x.shape[-1] for x in parts)))
@@ -178,7 +264,8 @@ def write_vision(graph: Graph, weights: Weights, path: Path, *, matrices: Weight
     """Lower ``graph``, the vision graph of a model, and write ``path``, whole or not at all; ``matrices`` as
     ``targets.executorch.lower.write_program``. Raises LoweringError."""
     with border.toolchain("lower the graph"):
-        walked = VisionWalk(weights, matrices or weights, graph.spec)
+        walk = TileWalk if graph.spec.fusion else VisionWalk
+        walked = walk(weights, matrices or weights, graph.spec)
         outer = walked.run(graph)
         program = compiled(outer, walked.example(), described={})
     write_compiled(program, outer, path)
@@ -198,7 +285,7 @@ def write_unrounded(artifact: Artifact, folder: Path) -> Artifact:
         context=artifact.context,
         logits=artifact.logits,
         matrices=matrices,
-        walk=SeeingWalk,
+        walk=walk_of(artifact.spec),
     )
     return replace(artifact, path=path)
 
@@ -228,7 +315,8 @@ def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
 def _nameless(vision: Graph) -> list[Weight]:
     """What no delegate holds, but the outer program: constants without a name, which are found in the order in which
     graph and file use them, those of each shape."""
-    read_outside = [node for node in vision.nodes if node.op in ("prepend", "add_position", "add_tile_position")]
+    outside = ("prepend", "append", "add_position", "add_tile_position")
+    read_outside = [node for node in vision.nodes if node.op in outside]
     weights = [a for node in read_outside for a in node.arguments if isinstance(a, Weight)]
     return [weight for weight in weights if weight.shape != _GATE]
 
@@ -318,6 +406,63 @@ class Prepended(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.get_buffer("state").expand(len(x), 1, -1), x], dim=1)
+
+
+class Appended(nn.Module):
+    """[M, N, H] -> [M, N + 1, H], with a state behind each tile's."""
+
+    def __init__(self, state: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("state", state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.get_buffer("state").expand(len(x), 1, -1)], dim=1)
+
+
+class Fused(nn.Module):
+    """See ``exporter.model.image_ops.fuse``."""
+
+    def forward(self, x: Tensor, states: Tensor, shown: Tensor) -> Tensor:
+        return torch.where(shown.unsqueeze(2), states, x)
+
+
+class Shuffled(nn.Module):
+    """See ``exporter.model.image_ops.pixel_shuffle``."""
+
+    def __init__(self, side: int, step: int) -> None:
+        super().__init__()
+        self.side, self.step = side // step, step
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, _, width = x.shape
+        squares = x.view(count, self.side, self.step, self.side, self.step * width).transpose(2, 3)
+        return squares.reshape(count, self.side * self.side, self.step * self.step * width)
+
+
+class Turns(nn.Module):
+    """Of angles [N, D/2] the tables that ``Segment.rotate`` takes, float32 [1, N, 1, D]."""
+
+    def __init__(self, angles: Tensor) -> None:
+        super().__init__()
+        cos, sin = angles.cos(), angles.sin()
+        self.register_buffer("cos", torch.cat([cos, cos], dim=-1)[None, :, None])
+        self.register_buffer("sin", torch.cat([-sin, sin], dim=-1)[None, :, None])
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.get_buffer("cos"), self.get_buffer("sin")
+
+
+class WholeAttention(nn.Module):
+    """q, k, v [1, N, H, D] -> context [1, N, H, D]: every state sees every other."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        start, mask, dropout, causal = 0, None, 0.0, False
+        context: Tensor = torch.ops.llama.custom_sdpa(q, k, v, start, mask, dropout, causal, self.scale)
+        return context
 
 
 class Positions(nn.Module):

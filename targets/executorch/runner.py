@@ -16,12 +16,14 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from exporter.errors import CapacityError, ExportError, InputError, LoweringError, MissingToolError
-from exporter.model.graph import image_names
+from exporter.errors import CapacityError, ExportError, LoweringError, MissingToolError
+from exporter.model.graph import FUSED, image_names
+from exporter.model.image_ops import tiles_of
 from exporter.spec import Artifact, Logits
 from targets.base import BaseRunner
 from targets.executorch import MOST_IMAGES, VISION
 from targets.executorch.border import INSTALL, installed_version
+from targets.images import check_room
 
 _NATIVE_LINE = re.compile(r"^\[(?P<source>\w+)\.cpp:\d+\] (?P<message>.+)")
 _HARMLESS_SOURCES = {"cpuinfo_utils", "threadpool"}
@@ -166,19 +168,19 @@ class SeeingProgramRunner(ProgramRunner):
     def look(self, image: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """As ``targets.base.SeeingRunner``. Raises InputError for more images than ``MOST_IMAGES``."""
         images = self._artifact.spec.images
-        assert images is not None  # who shows an image has looked at the spec
-        if self._shown == MOST_IMAGES:
-            raise InputError(
-                f"{self._shown} images were shown, the program takes {MOST_IMAGES}",
-                hint="start anew, and show the last of them only",
-            )
-        path = self._artifact.path.with_name(VISION)
-        content = (str(path), [image[name].numpy() for name in IMAGE_INPUTS])
-        found = self._ask("look", content, what=f"{path.name} on an image")
+        if images is None:
+            return {FUSED[0]: torch.cat([state for tile in tiles_of(image) for state in self._run_vision(tile)], dim=1)}
+        check_room(self._shown, most=MOST_IMAGES)
+        found = self._run_vision(image)
         self._shown += 1
         keys, values = image_names(len(images.cross_attention_layers))
         states = dict(zip(keys + values, found, strict=True))
         return {name: state.transpose(1, 2) for name, state in states.items()}  # [1, KV, M * N, D]
+
+    def _run_vision(self, image: Mapping[str, Tensor]) -> list[Tensor]:
+        path = self._artifact.path.with_name(VISION)
+        content = (str(path), [image[name].numpy() for name in IMAGE_INPUTS if name in image])
+        return self._ask("look", content, what=f"{path.name} on an image")
 
     def feed(self, ids: Sequence[int], *, tiles: Tensor | None = None) -> Tensor:
         return self._call([list(ids)], ids, tiles=tiles)[0][0]

@@ -5,7 +5,8 @@ pool for good. It answers on the connection of that file descriptor, so whatever
 
     load_s                                       once, when the program is loaded
     ("feed", (calls, position, tiles))           a request: the token ids of each call, where the first one starts, and
-                                                 the tiles that each of the tokens sees, bool [T, M] or None
+                                                 the tiles that each of the tokens sees, or the states that stand in
+                                                 their place, bool [T, M] or None
     ("look", (program, inputs))                  another: the program that an image goes through, and its inputs; those
                                                  that follow have the image behind those before it
     ("outputs", (shapes, seconds)), then bytes   an answer: what the last call gives, one message of float32 for each
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 
+from exporter.model.image_ops import in_place
 from targets.executorch import border
 
 _KERNEL_LIBRARIES = {
@@ -42,7 +44,7 @@ def main(program: str, threads: str, descriptor: str) -> None:
     runtime._unsafe_reset_threadpool(int(threads))
     started = time.perf_counter()
     loaded = runtime._load_program(program)
-    decoder = _Decoder(loaded.load_method("forward"))
+    decoder = _decoder(loaded.load_method("forward"))
     connection.send(time.perf_counter() - started)
     while True:
         try:
@@ -57,6 +59,12 @@ def main(program: str, threads: str, descriptor: str) -> None:
         connection.send(("outputs", ([tuple(output.shape) for output in outputs], steps_s)))
         for output in outputs:
             connection.send_bytes(output.contiguous().numpy().data.cast("B"))
+
+
+def _decoder(method: Any) -> _Decoder:
+    """By the inputs behind tokens and position: none, tiles and keys and values, or states and which tokens."""
+    others = _input_sizes(method)[2:]
+    return _FusingDecoder(method, hidden=others[0][2]) if len(others) == 2 and len(others[1]) == 2 else _Decoder(method)
 
 
 class _Decoder:
@@ -102,6 +110,18 @@ class _Decoder:
         if tiles is not None:
             seen = torch.from_numpy(tiles[first : first + count])
         return [seen.unsqueeze(0), *self._states]
+
+
+class _FusingDecoder(_Decoder):
+    """One that takes states in the place of tokens (``targets.executorch.images.FusingWalk``)."""
+
+    def __init__(self, method: Any, *, hidden: int) -> None:
+        self._method = method
+        self._tiles, self._shown, self._states = 0, False, [torch.zeros(1, 0, hidden)]
+
+    def _seen(self, tiles: Any, first: int, count: int) -> list[torch.Tensor]:
+        seen = None if tiles is None else torch.from_numpy(tiles[first : first + count])
+        return [*in_place(self._states[0], seen, length=count)]
 
 
 def _input_sizes(method: Any) -> list[tuple[int, ...]]:

@@ -35,8 +35,14 @@ class GGUFTarget:
             return "--prefer prefill changes nothing here, llama.cpp rounds activations to int8 in any case"
         if spec.adapter_rank:
             return "it has no adapters beside the linears of a model: pass --requantize, which merges them"
-        if spec.extra_embeddings:
-            return f"llama.cpp wants an embedding as long as the head, this one has {spec.extra_embeddings} rows more"
+        from targets.gguf.architecture import built_in_otherwise
+        from targets.gguf.lower import differing, stacks
+
+        if why := built_in_otherwise(spec):
+            return why
+        for names in stacks(spec.weights()):
+            if why := differing(names, plan.scheme):
+                return why
         for name, shape in spec.weights().items():
             if len(shape) == 2 and plan.scheme.precision(name).bits and shape[1] % _BLOCK:
                 return f"Q4_0 and Q8_0 are blocks of {_BLOCK} columns, but {name} has {shape[1]} columns"
@@ -80,6 +86,12 @@ class GGUFTarget:
         write_model(graph, store, path, scheme=plan.scheme, vocabulary=vocabulary)
         return make_artifact(self, spec=graph.spec, plan=plan, path=path)
 
+    def remarks(self, artifact: Artifact) -> list[str]:
+        from exporter.checkpoint.gguf_file import read_header
+        from targets.gguf.vocabulary import remarks
+
+        return remarks(read_header(artifact.path).fields)
+
     def find(self, bundle: Path) -> Path:
         return bundle / FILE_NAME
 
@@ -107,11 +119,19 @@ class GGUFTarget:
         return False
 
     def structure_parts(self, graph: Graph, scheme: WeightScheme) -> Sequence[Graph]:
-        """llama.cpp knows no model without a layer, so that the head comes with one."""
+        """llama.cpp knows no model without a layer, so that the head comes with one. Kinds of layers of a Llama 4 it
+        tells by their numbers, and runs none without each kind: a part has whole rounds of them, the last the head."""
         from exporter.model.graph import in_slices
+        from targets.gguf.architecture import period
 
-        parts = in_slices(graph, limit_bytes=STRUCTURE_BYTES)
-        return parts if len(parts) == 1 else [*parts[:-1], graph.shortened(range(1), head=True)]
+        parts = in_slices(graph, limit_bytes=STRUCTURE_BYTES, multiple=period(graph.spec))
+        if len(parts) == 1:
+            return parts
+        *slices, _ = parts
+        if graph.spec.experts is None:
+            return [*slices, graph.shortened(range(1), head=True)]
+        first = min(node.layer for node in slices[-1].nodes if node.layer is not None)
+        return [*slices[:-1], graph.shortened(range(first, graph.spec.num_hidden_layers), head=True)]
 
     @contextmanager
     def open_structure(

@@ -24,6 +24,8 @@ INSTALL = f"install it with: pip install {PACKAGE}=={VERSION}"
 
 F32, F16 = 0, 1
 """``ggml_type``, of a cache."""
+_INDICES = 26
+"""``GGML_TYPE_I32``"""
 FLASH_AUTO, FLASH_OFF, FLASH_ON = -1, 0, 1
 """``llama_flash_attn_type``"""
 
@@ -227,7 +229,7 @@ class Model:
 
 
 _Eval = ctypes.CFUNCTYPE(ctypes.c_bool, _POINTER, ctypes.c_bool, _POINTER)
-_DTYPES: dict[int, np.dtype[Any]] = {F32: np.dtype(np.float32), F16: np.dtype(np.float16)}
+_DTYPES: dict[int, np.dtype[Any]] = {F32: np.dtype(np.float32), F16: np.dtype(np.float16), _INDICES: np.dtype(np.int32)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -18,9 +19,9 @@ from exporter.files import written_whole
 from exporter.model.graph import Graph, Weight
 from exporter.model.rope import Rotation, rotation_of
 from exporter.quantized import QuantizedTensor
-from exporter.spec import ModelSpec, Precision, WeightScheme
+from exporter.spec import EXPERTS, ModelSpec, Precision, WeightScheme
 from exporter.store import StoredWeight, plain
-from targets.gguf.architecture import Decoder, read_decoder
+from targets.gguf.architecture import Decoder, moe_step, read_decoder
 
 BLOCK = 32
 """Columns that share a scale, in both types of codes."""
@@ -52,8 +53,8 @@ class Weights(Protocol):
 class _Entry:
     name: str
     """Of llama.cpp."""
-    source: str
-    """Of the weight; of no weight: the name in the file."""
+    sources: tuple[str, ...]
+    """Of the weight; of a stack of experts each of theirs."""
     shape: tuple[int, ...]
     type: GGMLQuantizationType
 
@@ -68,7 +69,7 @@ def write_model(
     entries = list(_entries(graph, decoder, scheme))
     factors = rotation.factors if rotation else None
     with written_whole(path) as unfinished:
-        writer = GGUFWriter(unfinished, "llama")
+        writer = GGUFWriter(unfinished, decoder.architecture)
         for field, value in {**_fields(graph.spec, decoder, rotation, scheme), **vocabulary}.items():
             _add(writer, field, value)
         if factors is not None:
@@ -81,17 +82,23 @@ def write_model(
         writer.close()
         with unfinished.open("ab") as file:
             if factors is not None:
-                _append(file, factors.numpy())
+                _append(file, [factors.numpy()])
             for entry in entries:
-                rows = encoded(weights[entry.source], entry.type)
-                heads = permuted_heads(entry.source, graph.spec)
-                _append(file, interleaved(rows, heads) if heads else rows)
+                _append(file, (_rows(source, weights, entry.type, graph.spec) for source in entry.sources))
 
 
-def _append(file: BinaryIO, rows: np.ndarray[Any, Any]) -> None:
-    """The data of one tensor. Not by the writer, whose ``tofile`` tells of a full disk in an error without a number."""
-    for content in (bytes(-file.tell() % GGUF_DEFAULT_ALIGNMENT), np.ascontiguousarray(rows).data):
-        file.write(content)
+def _rows(source: str, weights: Weights, kind: GGMLQuantizationType, spec: ModelSpec) -> Bytes:
+    rows = encoded(weights[source], kind)
+    heads = permuted_heads(source, spec)
+    return interleaved(rows, heads) if heads else rows
+
+
+def _append(file: BinaryIO, parts: Iterable[np.ndarray[Any, Any]]) -> None:
+    """The data of one tensor, in parts that lie one behind the other. Not by the writer, whose ``tofile`` tells of a
+    full disk in an error without a number."""
+    file.write(bytes(-file.tell() % GGUF_DEFAULT_ALIGNMENT))
+    for rows in parts:
+        file.write(np.ascontiguousarray(rows).data)
     file.write(bytes(-file.tell() % GGUF_DEFAULT_ALIGNMENT))
 
 
@@ -128,13 +135,40 @@ def _blocks(weight: QuantizedTensor) -> Bytes:
 
 
 def _entries(graph: Graph, decoder: Decoder, scheme: WeightScheme | None) -> Iterator[_Entry]:
-    """Of every weight that the graph reads; layers are numbered from 0 on, whichever they are."""
+    """Of every weight that the graph reads, experts of a layer together; layers are numbered from 0 on, whichever they
+    are. Raises LoweringError for experts of several types."""
     numbers = {layer: number for number, layer in enumerate(decoder.layers)}
     weights = (a for node in graph.nodes for a in node.arguments if isinstance(a, Weight))
-    for name, shape in {weight.name: weight.shape for weight in weights}.items():
+    shapes = {weight.name: weight.shape for weight in weights}
+    for names in stacks(shapes):
+        shape = shapes[names[0]]
+        if why := differing(names, scheme):
+            raise LoweringError(why, hint="leave out --rule, --budget-mb and --max-kl, or take another --target")
         is_float = scheme is None or len(shape) == 1
-        kind = GGMLQuantizationType.F32 if is_float else TYPES[scheme.precision(name)]  # type: ignore[union-attr]
-        yield _Entry(name=llamacpp_name(name, numbers), source=name, shape=shape, type=kind)
+        kind = GGMLQuantizationType.F32 if is_float else TYPES[scheme.precision(names[0])]  # type: ignore[union-attr]
+        yield _Entry(
+            name=llamacpp_name(names[0], numbers, has_experts=graph.spec.experts is not None),
+            sources=names,
+            shape=(len(names), *shape) if EXPERTS in names[0] else shape,
+            type=kind,
+        )
+
+
+def stacks(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Names of weights that are one tensor of a file: of the experts of a layer, in their order, and each other by
+    itself."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(re.sub(rf"{re.escape(EXPERTS)}\d+\.", EXPERTS, name), []).append(name)
+    return [tuple(together) for together in found.values()]
+
+
+def differing(names: Sequence[str], scheme: WeightScheme | None) -> str | None:
+    """Of the matrices of one stack, in a sentence: that they are not of one precision; None where they are."""
+    found = dict.fromkeys(scheme.precision(name) for name in names) if scheme else {}
+    if len(found) < 2:
+        return None
+    return f"the experts of a layer are of one type in a GGUF file, {names[0]} and others are {' and '.join(found)}"
 
 
 def _announce(writer: GGUFWriter, entry: _Entry) -> None:
@@ -152,25 +186,34 @@ def _fields(
     spec: ModelSpec, decoder: Decoder, rotation: Rotation | None, scheme: WeightScheme | None
 ) -> dict[str, Any]:
     fields: dict[str, Any] = {
+        "vocab_size": spec.vocab_size,
+        "context_length": spec.max_position_embeddings,
+        "embedding_length": spec.hidden_size,
+        "block_count": len(decoder.layers),
+        "feed_forward_length": spec.experts.intermediate_size_mlp if spec.experts else spec.intermediate_size,
+        "attention.head_count": spec.num_attention_heads,
+        "attention.head_count_kv": spec.num_key_value_heads,
+        "attention.key_length": spec.head_dim,
+        "attention.value_length": spec.head_dim,
+        "attention.layer_norm_rms_epsilon": float(decoder.rms_norm_eps),
+        "rope.dimension_count": spec.head_dim,
+        "rope.freq_base": float(spec.rope.theta),
+    }
+    if rotation and rotation.scale != 1.0:
+        fields |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rotation.scale)}
+    if spec.experts:
+        fields |= {
+            "expert_count": spec.experts.num_local_experts,
+            "expert_used_count": spec.experts.num_experts_per_tok,
+            "expert_feed_forward_length": spec.intermediate_size,
+            "interleave_moe_layer_step": moe_step(spec.experts),
+        }
+    return {
         "general.name": spec.name,
         "general.file_type": int(_FILE_TYPES[scheme.body] if scheme else LlamaFileType.ALL_F32),
         "general.quantization_version": _QUANTIZATION_VERSION,
-        "llama.vocab_size": spec.vocab_size,
-        "llama.context_length": spec.max_position_embeddings,
-        "llama.embedding_length": spec.hidden_size,
-        "llama.block_count": len(decoder.layers),
-        "llama.feed_forward_length": spec.intermediate_size,
-        "llama.attention.head_count": spec.num_attention_heads,
-        "llama.attention.head_count_kv": spec.num_key_value_heads,
-        "llama.attention.key_length": spec.head_dim,
-        "llama.attention.value_length": spec.head_dim,
-        "llama.attention.layer_norm_rms_epsilon": float(decoder.rms_norm_eps),
-        "llama.rope.dimension_count": spec.head_dim,
-        "llama.rope.freq_base": float(spec.rope.theta),
+        **{f"{decoder.architecture}.{name}": value for name, value in fields.items()},
     }
-    if rotation and rotation.scale != 1.0:
-        fields |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(rotation.scale)}
-    return fields
 
 
 def _add(writer: GGUFWriter, field: str, value: Any) -> None:

@@ -24,8 +24,8 @@ def read_weights(artifact: Artifact) -> Iterator[tuple[str, StoredWeight]]:
         yield name, replace(codes.coded(), name=name) if codes.kind else tensor.read()
 
 
-_NOT_SAID = ("name", "bos_token_id", "eos_token_ids", "rope")
-"""Fields of a ModelSpec that a file names by its own name, by its tokenizer, or in another way."""
+_NOT_SAID = ("name", "bos_token_id", "eos_token_ids", "rope", "layer_numbers")
+"""Fields of a ModelSpec that a file names by its own name, by its tokenizer, or in another way, or not at all."""
 _FLOAT_OFF = 1e-6
 
 

@@ -15,6 +15,7 @@ from exporter.checkpoint.config import read_json
 from exporter.checkpoint.gguf_file import CONTROL, END_TEXTS, is_gguf
 from exporter.checkpoint.gguf_tokenizer import (
     BYTE,
+    LLAMA4,
     NORMAL,
     SPLITS,
     UNKNOWN,
@@ -22,6 +23,7 @@ from exporter.checkpoint.gguf_tokenizer import (
     USER_DEFINED,
     WHOLE_WORDS,
 )
+from exporter.checkpoint.meta_tokenizer import LLAMA4_PATTERN
 from exporter.errors import LoweringError
 from exporter.spec import ModelSpec
 from exporter.tokenizer import Tokenizer, open_tokenizer
@@ -77,12 +79,27 @@ def read_vocabulary(tokenizer: Tokenizer, spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def remarks(fields: Mapping[str, Any]) -> list[str]:
+    """What llama.cpp makes of a text otherwise than the tokenizer that the fields were made of."""
+    if fields.get("tokenizer.ggml.pre") != LLAMA4:
+        return []
+    return [
+        "llama.cpp cuts and joins text for a Llama 4 in its own way: its tokens are others than those of "
+        "tokenizer.json in words with combining marks (Hindi, Thai, decomposed accents), in words with capitals "
+        "beyond ASCII, and for words that are a token which no merge makes"
+    ]
+
+
 def _tokens(content: Mapping[str, Any], spec: ModelSpec) -> tuple[list[str], list[int]]:
-    """Text and type of every row of the embedding; what the tokenizer leaves free is never made."""
+    """Text and type of every row of the embedding; what the tokenizer leaves free is never made, and what it has beyond
+    them is text like any other."""
     texts, types = [f"[PAD{index}]" for index in range(spec.vocab_size)], [UNUSED] * spec.vocab_size
     for text, index in content["model"]["vocab"].items():
-        texts[index], types[index] = text, NORMAL
+        if index < spec.vocab_size:
+            texts[index], types[index] = text, NORMAL
     for token in content.get("added_tokens", []):
+        if token["id"] >= spec.vocab_size:
+            continue
         for flag in ("lstrip", "rstrip", "single_word"):
             if token.get(flag):
                 raise _refused(f"{flag} of {token['content']!r}", True, known="false")
@@ -98,6 +115,8 @@ def _way_to_cut(content: Mapping[str, Any]) -> str:
         raise _refused("normalizer", content["normalizer"]["type"], known="none before ByteLevel")
     patterns = tuple(_patterns(_parts(content.get("pre_tokenizer"))))
     whole = bool(content["model"].get("ignore_merges"))
+    if patterns == (LLAMA4_PATTERN,):
+        return LLAMA4  # though llama.cpp's own differs, there is none that does not: see ``remarks``
     # The first of several names for the same is the usual one. What matches no pattern stays together in any case.
     for name, known in SPLITS.items():
         if patterns == known and whole == (name in WHOLE_WORDS):

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from exporter.errors import LoweringError
-from exporter.model.graph import FUSED, image_names
-from exporter.model.image_ops import in_place, tiles_of
+from exporter.model.graph import FUSED
+from exporter.model.image_ops import tiles_of
 from exporter.spec import Artifact, ImageSpec, Logits, ModelSpec, Prefer
 from targets.base import BaseRunner
+from targets.images import CrossedStates, FusedImages
 from targets.onnxruntime import VISION
 from targets.onnxruntime.read import TILES, image_name
 
@@ -123,7 +124,7 @@ class ShownImages(Protocol):
         """What ``vision.onnx`` is run on, one after the other."""
         ...
 
-    def show(self, states: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
+    def show(self, states: Mapping[str, npt.NDArray[np.float32]]) -> Mapping[str, Tensor]:
         """What it gave of one more image, by the names of the file; the same by ours."""
         ...
 
@@ -134,53 +135,41 @@ class ShownImages(Protocol):
 
 def _shown_images(spec: ModelSpec) -> ShownImages | None:
     if spec.fusion:
-        return FusedImages(spec)
-    return CrossedImages(spec, spec.images) if spec.images else None
+        return _FusedImages(spec)
+    return _CrossedImages(spec, spec.images) if spec.images else None
 
 
-class FusedImages:
+class _FusedImages:
     """Of a ``targets.onnxruntime.images.FusingEmitter``."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._states = torch.zeros(1, 0, spec.hidden_size)
+        self._images = FusedImages(spec)
 
     def parts(self, image: Mapping[str, Tensor]) -> Sequence[Mapping[str, Tensor]]:
         return tiles_of(image)
 
-    def show(self, states: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
-        found = torch.from_numpy(states[FUSED[0]])
-        self._states = torch.cat([self._states, found], dim=1)
-        return {FUSED[0]: found}
+    def show(self, states: Mapping[str, npt.NDArray[np.float32]]) -> Mapping[str, Tensor]:
+        return self._images.show([torch.from_numpy(states[FUSED[0]])])
 
     def inputs(self, tiles: Tensor | None, *, length: int) -> dict[str, npt.NDArray[Any]]:
-        placed = in_place(self._states, tiles, length=length)
-        return {name: value.numpy() for name, value in zip(FUSED, placed, strict=True)}
+        return {name: value.numpy() for name, value in self._images.inputs(tiles, length=length).items()}
 
 
-class CrossedImages:
+class _CrossedImages:
     """Of a ``targets.onnxruntime.images.SeeingEmitter``."""
 
     def __init__(self, spec: ModelSpec, images: ImageSpec) -> None:
-        count = len(images.cross_attention_layers)
-        self._names = {image_name(name): name for names in image_names(count) for name in names}
-        self._states = dict.fromkeys(
-            self._names, np.zeros((1, spec.num_key_value_heads, 1, spec.head_dim), dtype=np.float32)
-        )
-        self._of_one, self._shown = images.max_num_tiles, 0
+        self._kept = CrossedStates(spec, images)
 
     def parts(self, image: Mapping[str, Tensor]) -> Sequence[Mapping[str, Tensor]]:
         return [image]
 
-    def show(self, states: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
-        kept = self._states if self._shown else {name: array[:, :, :0] for name, array in self._states.items()}
-        self._states = {name: np.concatenate([kept[name], states[name]], axis=2) for name in self._states}
-        self._shown += 1
-        return {ours: torch.from_numpy(states[name]) for name, ours in self._names.items()}
+    def show(self, states: Mapping[str, npt.NDArray[np.float32]]) -> Mapping[str, Tensor]:
+        return self._kept.show({name: torch.from_numpy(states[image_name(name)]) for name in self._kept.states})
 
     def inputs(self, tiles: Tensor | None, *, length: int) -> dict[str, npt.NDArray[Any]]:
-        count = self._of_one * self._shown or 1
-        seen = np.zeros((length, count), dtype=bool) if tiles is None else tiles.numpy()
-        return {TILES: seen[None], **self._states}
+        states = {image_name(name): value.numpy() for name, value in self._kept.states.items()}
+        return {TILES: self._kept.seen(tiles, length=length).numpy(), **states}
 
 
 @functools.cache

@@ -181,7 +181,6 @@ def refused(folder: Path, target: str, **choices: Any) -> str:
     [
         ("onnxruntime-webgpu", {}, "target onnxruntime-webgpu: it takes dense models only"),
         ("onnxruntime", {"kv_cache": "int8"}, "--kv-cache int8 has not been tried on a model that sees images"),
-        *((name, {}, "it takes no images") for name in targets.EXPERTS if name not in targets.FUSING),
     ],
 )
 def test_what_does_not_go_with_images_is_refused(toy: Toy, target: str, choices: dict[str, Any], sentence: str) -> None:
@@ -263,7 +262,7 @@ def test_a_wrong_weight_of_the_vision_graph_fails_the_verdict(
 @pytest.mark.slow
 @pytest.mark.toolchain
 @pytest.mark.parametrize("precision", ["int4", "fp32"])
-@pytest.mark.parametrize("target", targets.FUSING)
+@pytest.mark.parametrize("target", targets.SEEING)
 def test_a_model_that_reads_images_is_exported_and_proven_again(
     target: str, precision: str, wide: Toy, tmp_path: Path
 ) -> None:

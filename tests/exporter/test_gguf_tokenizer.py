@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from exporter.checkpoint import BUNDLED_MODEL
 from exporter.checkpoint.gguf_tokenizer import write_tokenizer
@@ -172,6 +174,64 @@ def test_other_patterns_cut_as_llama_cpp_does(pre: str, expected: list[str], toy
     )
     assert [text for text, _ in cut] == expected
     assert Tokenizer(tmp_path / "made").encode("") == []
+
+
+PATTERN4 = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""meta-llama/llama-models, models/llama4/tokenizer.py, ``O200K_PATTERN``."""
+WORDS4 = [
+    *(*NASTY, "The nATion's naïve /usr/bin\n/x DON'T", "été ÉTÉ ÜBER жжЖжЖ ßx", "हिन्दी ไทย e\u0301A", "zzqzz zzqz"),
+]
+"""Where case of letters beyond ASCII and marks decide; and a token that comes of no merge."""
+
+
+@pytest.fixture(scope="module")
+def ranks4() -> dict[bytes, int]:
+    """Every byte, pairs and triples of some, and one word that no two of them make."""
+    letters = [letter.encode() for letter in " aeinorstTNÉéü'\u0301жЖहि"]
+    words = dict.fromkeys(b"".join(word) for count in (2, 3) for word in itertools.product(letters, repeat=count))
+    parts = [letter[:cut] for letter in letters for cut in range(2, len(letter) + 1)]
+    tokens = dict.fromkeys([*(bytes([byte]) for byte in range(256)), *parts, *words, b"zzqzz"])
+    return {token: rank for rank, token in enumerate(tokens)}
+
+
+def llama4_fields(ranks: dict[bytes, int]) -> dict[str, Any]:
+    """A vocabulary of tiktoken as llama.cpp's converter writes it, its pairs in the order of what they make."""
+    letters = bytes_to_unicode()
+    texts = ["".join(map(letters.__getitem__, token)) for token in ranks]
+    merges = [
+        f"{''.join(map(letters.__getitem__, token[:cut]))} {''.join(map(letters.__getitem__, token[cut:]))}"
+        for token in ranks
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama4",
+        "tokenizer.ggml.tokens": [*texts, "<|begin_of_text|>", "<|eot|>"],
+        "tokenizer.ggml.token_type": [*[1] * len(texts), 3, 3],
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": len(texts),
+        "tokenizer.ggml.eos_token_id": len(texts) + 1,
+        "tokenizer.ggml.add_bos_token": True,
+        "llama.vocab_size": len(texts) + 2,
+    }
+
+
+def test_llama4s_words_have_tiktokens_ids(ranks4: dict[bytes, int], toy: Toy, tmp_path: Path) -> None:
+    import tiktoken
+
+    special = {"<|begin_of_text|>": len(ranks4), "<|eot|>": len(ranks4) + 1}
+    original = tiktoken.Encoding("llama4", pat_str=PATTERN4, mergeable_ranks=ranks4, special_tokens=special)
+    file = write_gguf(tmp_path / "toy.gguf", toy, fields=llama4_fields(ranks4))
+    tokenizer = open_tokenizer(file, cache=tmp_path / "cache")
+    for text in WORDS4:
+        assert tokenizer.encode(text) == [len(ranks4), *original.encode(text)], text
+        assert tokenizer.decode(tokenizer.encode_rendered(text)) == text
+    assert ranks4[b"zzqzz"] in tokenizer.encode("zzqzz")
 
 
 @pytest.mark.parametrize(

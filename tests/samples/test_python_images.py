@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import targets
 from exporter.checkpoint import BUNDLED_MODEL
 from exporter.cli import app
+from exporter.packing import LOADERS
 from tests.conftest import Toy, with_tokenizer, write_toy
 from tests.generations import PROCESSOR, wide_config
 
@@ -142,7 +143,7 @@ def test_a_model_that_sees_images_is_exported_and_proven_again(
     folder = next(tmp_path.glob(f"{target}*"))
     words = ["validate", str(folder), "--store", str(tmp_path / "store"), "--json"]
     alone = json.loads(CliRunner().invoke(app, words).stdout)[0]["manifest"]
-    loader = {"onnxruntime": "onnxruntime-mobile", "executorch": "executorch-android"}[target]
+    loader = next(name for name, loader in LOADERS.items() if target in loader.targets)
     packed = ["bundle", str(folder), "--for", loader, "--out", str(tmp_path / "packed")]
     assert f"{loader} knows no decoder with such inputs" in CliRunner().invoke(app, packed).stderr
     assert (alone["codes"]["verdict"], alone["images"]["verdict"]) == ("passed", "not measured")

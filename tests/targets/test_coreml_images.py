@@ -13,9 +13,8 @@ import torch
 
 from calibration.layers import quantize
 from exporter.checkpoint import open_checkpoint
-from exporter.errors import InputError, LoweringError
+from exporter.errors import LoweringError
 from exporter.model.graph import Program
-from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace_program
 from exporter.planning import plan as plan_of
 from exporter.spec import Artifact
@@ -141,24 +140,6 @@ def test_nothing_is_added_to_the_scores_of_a_token_that_sees_no_tile(made: Made)
     heads = mask.view(2, 30, 4, STATES)  # the queries that share a key, one behind the other
     wanted = torch.where(tiles | ~tiles.any(dim=1, keepdim=True), 0.0, -3e4)
     assert torch.equal(heads, wanted[None, ..., None].expand_as(heads))
-
-
-def test_a_fifth_image_is_refused_before_it_is_looked_at(made: Made) -> None:
-    from targets.coreml.images import MOST_IMAGES
-
-    shown = scene(*[2] * MOST_IMAGES)
-    reference = Reference(made.program.decoder, made.store, FULL_PRECISION)
-    vision = made.program.vision
-    assert vision is not None
-    with seeing(CoreMLTarget()).open_seeing(made.artifact, threads=1, rounding=False) as runner:
-        for index in range(MOST_IMAGES):
-            runner.look(shown.image(index))
-            reference.look(vision, shown.image(index))
-        ids = shown.ids[0].tolist()
-        got, wanted = runner.feed(ids, tiles=shown.tiles), reference.feed(ids, tiles=shown.tiles)
-        assert (got[-1] - wanted[-1]).abs().max() < 1e-4
-        with pytest.raises(InputError, match="4 images have been shown, which is all that this artifact takes"):
-            runner.look({})
 
 
 def test_core_ml_is_given_what_both_packages_declare(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

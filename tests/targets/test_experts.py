@@ -26,6 +26,8 @@ pytestmark = pytest.mark.toolchain
 
 IDS = tuple(torch.randint(3, 96, (60,), generator=torch.Generator().manual_seed(4)).tolist())
 STEPS = Drive(ids=IDS, prefills=(37, 9))
+CHUNKED = tuple(label for label in targets.EXPERTS if label != "gguf")
+"""Those that take chunks of any size; llama.cpp's are in tests/targets/test_gguf_experts.py."""
 
 
 class Poisoned(WeightStore):
@@ -70,7 +72,7 @@ def chosen_by(graph: Graph, checkpoint: Checkpoint, token: int) -> set[tuple[int
     return chosen
 
 
-@pytest.mark.parametrize("label", targets.EXPERTS)
+@pytest.mark.parametrize("label", CHUNKED)
 def test_answers_are_those_of_the_reference_beyond_several_chunks(
     label: str, checkpoint: Checkpoint, fp32: Plan, tmp_path: Path
 ) -> None:
@@ -83,7 +85,7 @@ def test_answers_are_those_of_the_reference_beyond_several_chunks(
     assert difference <= (2e-2 if label == "coreml" else 1e-4)  # its cache is float16
 
 
-@pytest.mark.parametrize("label", targets.EXPERTS)
+@pytest.mark.parametrize("label", CHUNKED)
 def test_an_expert_that_no_token_chose_is_not_computed(
     label: str, checkpoint: Checkpoint, fp32: Plan, tmp_path: Path
 ) -> None:
@@ -102,5 +104,5 @@ def test_an_expert_that_no_token_chose_is_not_computed(
 def test_other_backends_refuse_experts_by_name(label: str, checkpoint: Checkpoint, fp32: Plan) -> None:
     reason = targets.refusal(label, targets.load(label), checkpoint.spec, fp32)
     assert reason == (
-        "it takes dense models only, this one has experts; those that take them: executorch, onnxruntime, coreml"
+        "it takes dense models only, this one has experts; those that take them: executorch, onnxruntime, coreml, gguf"
     )

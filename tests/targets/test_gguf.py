@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from typer.testing import CliRunner
 
 import targets.gguf
 from calibration.layers import quantize
-from exporter.checkpoint import open_checkpoint
+from exporter.bundle import read_artifact
+from exporter.checkpoint import BUNDLED_MODEL, open_checkpoint
 from exporter.checkpoint.gguf_file import read_header
 from exporter.cli import app
 from exporter.codes import weight_digests
-from exporter.errors import LoweringError, UsageError
+from exporter.errors import InputError, LoweringError, UsageError
 from exporter.model.graph import Constant, Graph, Node
 from exporter.model.ops import attend, attention_edges
 from exporter.model.reference import FULL_PRECISION, Reference, round_activations
@@ -52,9 +54,10 @@ from targets.gguf import llamacpp
 from targets.gguf.architecture import read_decoder
 from targets.gguf.lower import encoded
 from targets.keepers import cannot_keep
-from tests.conftest import Toy
+from tests.conftest import Toy, write_toy
 from tests.exporter.test_gguf import permuted, write_gguf
 from tests.exporter.test_gguf_tokenizer import llama3_fields
+from tests.generations import toy_config
 
 TARGET = load("gguf")
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
@@ -482,6 +485,38 @@ def test_codes_of_a_gguf_file_leave_in_one_as_they_came(
     assert len(before) >= 15
     for name, tensor in before.items():
         assert np.array_equal(tensor.data, after[name].data), name
+
+
+@needs_llama_cpp
+@pytest.mark.toolchain
+def test_an_embedding_longer_than_the_head_is_cut_and_the_output_says_so(tmp_path: Path) -> None:
+    """The text of Llama 3.2 Vision, whose image's token lies behind the vocabulary: in the file it is text like any."""
+    toy = write_toy(tmp_path / "toy", **toy_config("Llama 3.2 Vision") | {"vocab_size": 2048})
+    shutil.copyfile(BUNDLED_MODEL / "tokenizer_config.json", toy.folder / "tokenizer_config.json")
+    tokenizer = json.loads((BUNDLED_MODEL / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 2048, "content": "<|image|>"})
+    (toy.folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    store = ["--store", str(tmp_path / "store"), "--json", "--threads", "1"]
+    words = [str(toy.folder), "-t", "gguf", "-c", "64", "-p", "int4", "--calibration", "none", *store]
+    result = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "out")])
+    assert result.exit_code in (0, 8), result.output
+    assert "gguf: of the embedding the 2048 rows are taken that the head has too" in result.stderr
+    bundle = tmp_path / "out" / ("gguf" if result.exit_code == 0 else "gguf.failed")
+    manifest = json.loads(result.stdout)[0]["manifest"]
+    assert "tokens from 2048 on, an image's among them, cannot be fed" in manifest["remarks"][0]
+    again = CliRunner().invoke(app, ["validate", str(bundle), "--against", str(toy.folder), *store])
+    for proven in (manifest, json.loads(again.stdout)[0]["manifest"]):
+        assert (proven["codes"]["verdict"], proven["parity"]["verdict"]) == ("passed", "passed"), proven["parity"]
+    file = bundle / "model.gguf"
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    assert list(tensors["token_embd.weight"].shape) == [64, 2048]
+    assert sorted({name.split(".")[1] for name in tensors if name.startswith("blk.")}) == ["0", "1", "2"]
+    model = llamacpp.Model(file)
+    assert 2048 in Tokenizer(toy.folder).encode("a <|image|>")
+    assert max(model.tokenize("a <|image|>", begin=True)) < 2048
+    model.close()
+    with TARGET.open(read_artifact(manifest, path=file), threads=1) as runner, pytest.raises(InputError, match="2048"):
+        runner.feed([2048])
 
 
 def test_codes_that_no_block_of_gguf_holds_are_refused() -> None:

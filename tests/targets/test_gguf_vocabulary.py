@@ -21,9 +21,18 @@ from exporter.tokenizer import Tokenizer, open_tokenizer
 from targets import load
 from targets.gguf.llamacpp import Model
 from targets.gguf.lower import write_model
-from targets.gguf.vocabulary import read_vocabulary, vocabulary_of
+from targets.gguf.vocabulary import read_vocabulary, remarks, vocabulary_of
 from tests.conftest import Toy, write_toy
-from tests.exporter.test_gguf_tokenizer import EVALUATION, NASTY, llama2_fields, pieces, write_gguf  # noqa: F401
+from tests.exporter.test_gguf_tokenizer import (  # noqa: F401
+    EVALUATION,
+    NASTY,
+    WORDS4,
+    llama2_fields,
+    llama4_fields,
+    pieces,
+    ranks4,
+    write_gguf,
+)
 
 TARGET = load("gguf")
 needs_llama_cpp = pytest.mark.skipif(TARGET.cannot_execute() is not None, reason=str(TARGET.cannot_execute()))
@@ -229,3 +238,55 @@ def test_merges_that_no_scores_can_tell_are_refused(
         (folder / "tokenizer.json").write_text(json.dumps(content))
         with pytest.raises(LoweringError, match=says):
             read_vocabulary(Tokenizer(folder), spec)
+
+
+# --- Llama 4 -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama4(tmp_path_factory: pytest.TempPathFactory, ranks4: dict[bytes, int]) -> tuple[Path, Tokenizer]:  # noqa: F811
+    """By way of the tokenizer.json that a file of llama.cpp's converter gives."""
+    folder = tmp_path_factory.mktemp("llama4")
+    theirs = write_gguf(folder / "theirs.gguf", write_toy(folder / "any"), fields=llama4_fields(ranks4))
+    tokenizer = open_tokenizer(theirs, cache=folder / "cache")
+    special = {"bos_token_id": len(ranks4), "eos_token_id": len(ranks4) + 1}
+    return write(folder, tokenizer.folder, vocab_size=len(ranks4) + 2, **special)
+
+
+@pytest.fixture(scope="module")
+def loaded4(llama4: tuple[Path, Tokenizer]) -> Iterator[Model]:
+    model = Model(llama4[0])
+    yield model
+    model.close()
+
+
+OTHERWISE = ("e\u0301 n\u0303 o\u0308", *WORDS4[-3:])
+"""Marks, capitals beyond ASCII, and a token that no merge makes."""
+
+
+@needs_llama_cpp
+@pytest.mark.toolchain
+@pytest.mark.parametrize("text", WORDS4)
+def test_llama_cpp_gives_llama4s_ids_but_for_what_the_file_is_remarked_for(
+    text: str, llama4: tuple[Path, Tokenizer], loaded4: Model
+) -> None:
+    assert (loaded4.tokenize(text, begin=True) == llama4[1].encode(text)) == (text not in OTHERWISE)
+
+
+@needs_llama_cpp
+@pytest.mark.toolchain
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(max_codepoint=127, exclude_characters="\0")))
+def test_llama_cpp_gives_llama4s_ids_for_ascii(text: str, llama4: tuple[Path, Tokenizer], loaded4: Model) -> None:
+    if "zzqzz" not in text:
+        assert loaded4.tokenize(text, begin=True) == llama4[1].encode(text)
+
+
+def test_of_llama4_the_output_tells_what_llama_cpp_cuts_otherwise(
+    llama3: tuple[Path, Tokenizer], llama4: tuple[Path, Tokenizer]
+) -> None:
+    fields = read_header(llama4[0]).fields
+    assert fields["tokenizer.ggml.pre"] == "llama4"
+    (remark,) = remarks(fields)
+    assert "words with combining marks (Hindi, Thai, decomposed accents)" in remark
+    assert remarks(read_header(llama3[0]).fields) == []

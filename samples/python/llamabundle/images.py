@@ -33,7 +33,7 @@ class Processor:
     def __call__(self, picture: Any) -> dict[str, NDArray[Any]]:
         """The inputs of ``vision.onnx``: ``pixel_values`` float32 ``[1, M, 3, S, S]``, ``aspect_ratio_ids`` int64
         ``[1, 1]``, ``aspect_ratio_mask`` int64 ``[1, 1, M]``."""
-        picture = _without_alpha(picture)
+        picture = without_alpha(picture)
         arrangement = self.arrangement(picture.height, picture.width)
         high, wide = (count * self._side for count in arrangement)
         new_height, new_width = self.fit(picture.height, picture.width, canvas=(high, wide))
@@ -128,7 +128,7 @@ class Images:
         return {"cross_attention_mask": mask[None], **self._states}
 
 
-def _without_alpha(picture: Any) -> Any:
+def without_alpha(picture: Any) -> Any:
     """On white."""
     if "A" not in picture.getbands() and picture.info.get("transparency") is None:
         return picture.convert("RGB")

@@ -10,6 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from llamabundle.bundle import CACHES, Bundle, BundleError
+from llamabundle.fused import FusedImages
 from llamabundle.images import Images
 
 PROVIDER = "CPUExecutionProvider"
@@ -19,7 +20,8 @@ class Model:
     """One session, and the keys and values of the ``held`` tokens in ``[1, KV, context, D]`` for each layer.
 
     What lies in the cache beyond the held tokens is never looked at, so going back is a matter of their number alone.
-    ``images.show`` takes pictures (of Pillow), where the model sees any; a text that is fed has a token for each.
+    ``images.show`` takes pictures (of Pillow), where the model sees any; a text that is fed has a token for each, or
+    what ``show`` gives of it.
     Raises BundleError where ONNX Runtime does not load the file.
     """
 
@@ -49,7 +51,8 @@ class Model:
             for kind in ("key", "value")
         }
 
-        self.images = Images(bundle, threads=threads) if "images" in spec else None
+        kind = Images if "images" in spec else FusedImages if "fusion" in spec else None
+        self.images = kind(bundle, threads=threads) if kind else None
 
     @property
     def runtime(self) -> str:
