@@ -336,8 +336,9 @@ def _images(
     if artifact.spec.vision is None:
         return None
     progress.stage("an image")
+    store = material.store.as_computed(artifact.arithmetic)
     return prove_images(
-        seeing(target), artifact, program=material.program, store=material.store, plan=material.plan, steps=steps
+        seeing(target), artifact, program=material.program, store=store, plan=material.plan, steps=steps
     )
 
 

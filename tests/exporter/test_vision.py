@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import targets
+from calibration.layers import quantize
 from exporter.checkpoint import BUNDLED_MODEL, Checkpoint, open_checkpoint
 from exporter.checkpoint import read_spec as read_whole
 from exporter.checkpoint.config import read_spec
@@ -21,8 +22,8 @@ from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace, trace_vision
 from exporter.pipeline import refuse_early
 from exporter.planning import plan as plan_of
-from exporter.spec import Precision
-from exporter.store import StoreKey, WeightStore
+from exporter.spec import EMBEDDING, Precision
+from exporter.store import StoreKey, WeightStore, plain
 from tests.conftest import Toy, write_toy
 from tests.generations import PROCESSOR, config_of, toy_config
 
@@ -273,7 +274,14 @@ def test_parts_of_a_store_are_layers_and_what_looks_at_images_by_layer(
     assert precisions == {Precision.INT8, Precision.FP16}
 
 
-def test_llama_cpp_is_refused_an_embedding_longer_than_the_head(toy: Toy) -> None:
-    plan = plan_of(toy.folder, target="gguf", calibration="none")
-    with pytest.raises(ExportError, match="wants an embedding as long as the head, this one has 8 rows more"):
-        refuse_early(plan, read_whole(toy.folder), {"gguf": targets.load("gguf")})
+def test_an_embedding_longer_than_the_head_is_cut_as_the_store_has_it(toy: Toy, tmp_path: Path) -> None:
+    """For llama.cpp, of which ``tests/targets/test_gguf.py`` has the rest."""
+    checkpoint, plan = open_checkpoint(toy.folder), plan_of(toy.folder, target="gguf", calibration="none")
+    refuse_early(plan, checkpoint.spec, {"gguf": targets.load("gguf")})
+    for precision in (Precision.INT4, Precision.INT8, Precision.FP16, Precision.FP32):
+        scheme = replace(plan.scheme, body=precision, embedding=precision, head=precision)
+        store, _ = quantize(checkpoint, scheme, root=tmp_path)
+        whole, cut = store[EMBEDDING], store.without_extra_embeddings()[EMBEDDING]
+        assert (tuple(whole.shape), tuple(cut.shape)) == ((104, 64), (96, 64))
+        rows = [weight if isinstance(weight, torch.Tensor) else plain(weight).dequantize() for weight in (whole, cut)]
+        assert torch.equal(rows[0][:96], rows[1])
