@@ -131,7 +131,7 @@ class ImageSpec:
     norm_eps: float
     max_num_tiles: int
     intermediate_layers_indices: tuple[int, ...]
-    """Layers whose states are given besides the last."""
+    """Layers of which the states that they read are given besides those behind the last."""
     supported_aspect_ratios: tuple[tuple[int, int], ...]
     """Tiles one above the other and side by side, in the order of their ids, from 1 on."""
 

@@ -106,7 +106,12 @@ def _text_model(fields: dict[str, Any]) -> Any:
 
 
 def _seeing_model(fields: dict[str, Any]) -> Any:
-    """Every gate is open in part: transformers leaves them shut, and images without effect."""
+    """Every gate is open in part: transformers leaves them shut, and images without effect.
+
+    States of the vision transformer are those that a layer reads, as Meta's own program has them
+    (meta-llama/llama-models, models/llama3/multimodal/model.py, ``ImageTransformer``), and vLLM. transformers 5.23
+    takes those that the layer gives, one layer later (huggingface/transformers#39785): delete this once it does not.
+    """
     from transformers import MllamaConfig, MllamaForConditionalGeneration
 
     text = {name: value for name, value in fields.items() if name != "head_dim"} | {
@@ -116,6 +121,8 @@ def _seeing_model(fields: dict[str, Any]) -> Any:
     vision = {**TOY_VISION, **text.pop("vision_config", {})}
     config = MllamaConfig(text_config=text, vision_config=vision, image_token_index=text["vocab_size"])
     model = MllamaForConditionalGeneration(config).eval()
+    seeing = model.model.vision_model
+    seeing.intermediate_layers_indices = [index - 1 for index in seeing.intermediate_layers_indices]
     for name, parameter in model.named_parameters():
         if parameter.numel() == 1 or name.endswith("gate"):
             torch.nn.init.uniform_(parameter, 0.4, 1.2)

@@ -132,7 +132,7 @@ class _VisionModel(_Gated):
         x = prepend(self.pre_tile_positional_embedding(x, ratio), self.class_embedding)
         x = self.layernorm_pre(self.gated_positional_embedding(x, ratio))
         x = pad_states(x, -(-images.tile_states // PADDED_TO) * PADDED_TO)
-        local = self.transformer(x, tiles)
+        local = [x, *self.transformer(x, tiles)]  # by the layer that reads them
         x = self.post_tile_positional_embedding(self.layernorm_post(local[-1]), ratio)
         kept = [self.global_transformer(x, tiles)[-1], *(local[index] for index in images.intermediate_layers_indices)]
         return pad_states(torch.cat(kept, dim=-1), images.tile_states)
