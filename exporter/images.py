@@ -45,13 +45,24 @@ _PROCESSED: dict[str, Any] = {
 }
 """All that a processor of ours may say: bilinear, normalized."""
 
-_METAS: dict[str, Any] = {
-    "image_processor_type": "MllamaImageProcessor",
-    "rescale_factor": 1 / 255,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
+_METAS: dict[type, dict[str, Any]] = {
+    ImageSpec: {
+        "image_processor_type": "MllamaImageProcessor",
+        "rescale_factor": 1 / 255,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    },
+    FusionSpec: {
+        "image_processor_type": "Llama4ImageProcessorFast",
+        "processor_class": "Llama4Processor",
+        "rescale_factor": 1 / 255,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "max_patches": 16,
+    },
 }
-"""meta-llama/llama-models, models/llama3/multimodal/image_transform.py."""
+"""meta-llama/llama-models, models/llama3/multimodal/image_transform.py; models/llama4/preprocess.py and, for the
+number of tiles, chat_format.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,8 +203,8 @@ def copy_processor(folder: Path, out: Path, vision: ImageSpec | FusionSpec) -> N
 
 def _processor(folder: Path, vision: ImageSpec | FusionSpec) -> dict[str, Any]:
     path = folder / PROCESSOR
-    if isinstance(vision, ImageSpec) and is_meta(folder) and not path.exists():
-        return {**_METAS, **_wanted(vision)}
+    if is_meta(folder) and not path.exists():
+        return {**_METAS[type(vision)], **_wanted(vision)}
     return read_json(path, missing=f"download {PROCESSOR} into this folder: it tells how pixels are made")
 
 

@@ -144,7 +144,7 @@ def read_spec(folder: Path) -> ModelSpec:
     layers = count_of(path, config, "num_hidden_layers")
     images = read_images(path, whole, config, layers=layers) if sees else None
     own = tuple(layer for layer in range(layers) if not images or layer not in images.cross_attention_layers)
-    fusion = _read_fusion(path, whole) if model_type == "llama4" else None
+    fusion = read_fusion(path, whole) if model_type == "llama4" else None
     is_dense = model_type in ("llama", "mllama")
     if not is_dense:
         config = {"rope_theta": 500_000.0, "head_dim": 128, **config}  # Llama4TextConfig of transformers
@@ -228,8 +228,8 @@ def read_images(path: Path, whole: Mapping[str, Any], text: Mapping[str, Any], *
     return images
 
 
-def _read_fusion(path: Path, whole: Mapping[str, Any]) -> FusionSpec | None:
-    """Of a Llama 4; None of one whose description tells of no images."""
+def read_fusion(path: Path, whole: Mapping[str, Any]) -> FusionSpec | None:
+    """Of a Llama 4; None of one whose description tells of no images. Raises InputError."""
     found = whole.get("vision_config")
     if found is None:
         return None
@@ -259,7 +259,7 @@ def _read_fusion(path: Path, whole: Mapping[str, Any]) -> FusionSpec | None:
             **{field: integer_of(path, config, field) for field in sizes},
         )
     except ValueError as error:
-        raise InputError(f"{path}: {error}", hint="check config.json against the original model's") from error
+        raise InputError(f"{path}: {error}", hint=f"check {path.name} against the original model's") from error
 
 
 def _are_counts(values: list[Any]) -> bool:

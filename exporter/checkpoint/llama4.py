@@ -53,13 +53,18 @@ class TurnedCodes(LazyCodes):
         return _turned(self.stored.read(), head_dim=self.head_dim)
 
 
+def turned_heads(name: str, spec: ModelSpec) -> int | None:
+    """The channels of each head of the weight ``name``, where it has rows of queries or keys that are turned by place:
+    Meta's programs and transformers' Llama 4 turn channels 2i and 2i + 1. None where it has not."""
+    if spec.fusion and _TURNED_BY_PLACE.fullmatch(name):
+        return spec.fusion.head_dim
+    return spec.head_dim if is_rotated(name, spec) else None
+
+
 def in_order(name: str, tensor: LazyTensor, spec: ModelSpec) -> LazyTensor:
     """``tensor`` of the weight ``name`` of a Llama 4, a factor of it or its codes: with rows in the order of Llama."""
-    if spec.fusion and _TURNED_BY_PLACE.fullmatch(name):
-        head_dim = spec.fusion.head_dim
-    elif is_rotated(name, spec):
-        head_dim = spec.head_dim
-    else:
+    head_dim = turned_heads(name, spec)
+    if head_dim is None:
         return tensor
     if isinstance(tensor, LazyCodes):
         return TurnedCodes(tensor, head_dim)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.checkpoint import meta_coded, meta_experts, meta_vision, mllama
-from exporter.checkpoint.config import IMAGE_TOKENS, OF_IMAGES, OF_IMAGES_TAKEN, integer_of, number_of, read_json
+from exporter.checkpoint import llama4, meta_coded, meta_experts, meta_fusion, meta_vision, mllama
+from exporter.checkpoint.config import IMAGE_TOKENS, OF_IMAGES_TAKEN, integer_of, number_of, read_json
 from exporter.checkpoint.huggingface import map_pickle
 from exporter.checkpoint.meta_tokenizer import LLAMA3_RANKS, LLAMA4_RANKS, TOKENIZER, TikToken, read_vocabulary
 from exporter.checkpoint.tensors import LazyTensor, halves_of_heads, is_rotated, matched
@@ -39,7 +39,7 @@ _PASSED_OVER = "rope.freqs"
 _COPIED = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
 """Where there are more shards than key-value heads, each head lies in several."""
 
-_OF_POSITIONS = "positional_embedding."
+_OF_POSITIONS = "positional_embedding"
 """In names of tables that every shard has whole."""
 
 _FIELDS = {
@@ -86,7 +86,7 @@ class MergedTensor:
         self._check_copies()
         parts = [part.read() for part in self.parts[:: self.copies]]
         if self.head_dim:
-            parts = [halves_of_heads(part, self.head_dim) for part in parts]
+            parts = [halves_of_heads(part.view(len(part), -1), self.head_dim) for part in parts]  # a bias is a column
             return torch.cat(parts, dim=3 if self.axis else 0).view(self.shape)  # from [heads, 2, head_dim/2, columns]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.axis)
 
@@ -159,6 +159,7 @@ def read_spec(folder: Path, *, decoded: bool = False) -> ModelSpec:
             attention=meta_experts.read_attention(path, params) if has_experts else AttentionSpec(),
             experts=meta_experts.read_experts(path, params, dense=inside) if has_experts else None,
             images=images,
+            fusion=meta_fusion.fusion_of(path, params) if has_experts else None,
             layer_numbers=meta_vision.layer_numbers(images, layers=layers) if images else (),
             extra_embeddings=IMAGE_TOKENS if images else 0,
             adapter_rank=quantization.rank if quantization and not decoded else 0,
@@ -169,9 +170,8 @@ def read_spec(folder: Path, *, decoded: bool = False) -> ModelSpec:
 
 def leaves_out(folder: Path) -> str | None:
     """What of a model the spec knows nothing of, in a sentence."""
-    if sees_images(folder):
-        return OF_IMAGES_TAKEN
-    return OF_IMAGES if read_json(folder / DESCRIPTION).get(meta_experts.IMAGES) else None
+    reads = read_json(folder / DESCRIPTION).get(meta_fusion.ARGS) is not None
+    return OF_IMAGES_TAKEN if reads or sees_images(folder) else None
 
 
 def sees_images(folder: Path) -> bool:
@@ -262,15 +262,16 @@ def _merged(
     """Along the axis by which the parts make up ``shape``: rows of all but ``wo`` and ``w2``, columns of these; of the
     embedding columns in Llama 1 and 2 (fairscale's ParallelEmbedding), rows in Llama 3 (its VocabParallelEmbedding)."""
     part, count = parts[0].shape, len(parts)
-    head_dim = spec.head_dim if is_rotated(name, spec) else None
+    head_dim = llama4.turned_heads(name, spec)
     if all(other.shape == part for other in parts) and len(part) == len(shape):
         if part == shape and (len(part) == 1 or name.endswith(ROUTER) or _OF_POSITIONS in name):
-            return MergedTensor(parts[:1], shape, axis=0)
-        if name.endswith(".bias") and (part[0] * count,) == shape:  # of a matrix that is cut by rows
-            return MergedTensor(parts, shape, axis=0)
+            return MergedTensor(parts[:1], shape, axis=0, head_dim=head_dim)
+        whole_heads = not (head_dim and part[0] % head_dim)
+        if name.endswith(".bias") and (part[0] * count,) == shape and whole_heads:  # of a matrix that is cut by rows
+            return MergedTensor(parts, shape, axis=0, head_dim=head_dim)
         if len(part) == 2:
             rows, columns = part
-            if (rows * count, columns) == shape and not (head_dim and rows % head_dim):
+            if (rows * count, columns) == shape and whole_heads:
                 return MergedTensor(parts, shape, axis=0, head_dim=head_dim)
             if (rows, columns * count) == shape:
                 return MergedTensor(parts, shape, axis=1, head_dim=head_dim)

@@ -16,14 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
+from exporter.checkpoint import meta_fusion
 from exporter.checkpoint.config import count_of, integer_of, number_of
 from exporter.checkpoint.tensors import LazyTensor, ViewedTensor
 from exporter.errors import InputError
 from exporter.spec import AttentionSpec, ExpertSpec, ModelSpec, RopeKind, RopeSpec
 
-IMAGES = "vision_args"
 FIELDS = {
-    *("moe_args", "ffn_exp", "nope_layer_interval", "attention_chunk_size", "use_qk_norm", IMAGES),
+    *("moe_args", "ffn_exp", "nope_layer_interval", "attention_chunk_size", "use_qk_norm", meta_fusion.ARGS),
     *("attn_temperature_tuning", "floor_scale", "attn_scale", "rope_scaling_factor", "rope_high_freq_factor"),
 }
 """Of params.json, beside those of all generations."""
@@ -52,10 +52,10 @@ _NAMES = {
 _STACKED = {"moe_w_in_eD_F": "gate_proj", "moe_w_out_eF_D": "down_proj", "moe_w_swiglu_eD_F": "up_proj"}
 _EXPERTS, _ROUTER = "feed_forward.experts.", "feed_forward.router_DE"
 _PASSED_OVER = re.compile(
-    r"vision_embeddings\..*|vision_projection\..*|rope\.freqs|freq_cis|"
-    r".*\.(_extra_state|global_gate_stats_3E|running_gate_stats_3E|expert_activation_DE)"
+    r"rope\.freqs|freq_cis|.*\.(_extra_state|global_gate_stats_3E|running_gate_stats_3E|expert_activation_DE)"
 )
-"""Of images, of training, or following from params.json."""
+"""Of training, or following from params.json."""
+_OF_IMAGES = ("vision_embeddings.", "vision_projection.")
 
 
 def read_attention(path: Path, params: Mapping[str, Any]) -> AttentionSpec:
@@ -131,6 +131,10 @@ def apart(shard: Mapping[str, LazyTensor], spec: ModelSpec) -> dict[str, LazyTen
     for stored, tensor in shard.items():
         layer = re.fullmatch(r"layers\.(\d+)\.(.+)", stored)
         if _PASSED_OVER.fullmatch(stored):
+            continue
+        if stored.startswith(_OF_IMAGES):
+            if spec.fusion:
+                found[meta_fusion.renamed(stored)] = tensor
             continue
         if layer is None:
             found[stored] = tensor

@@ -128,13 +128,18 @@ def _seeing_name(stored: str, images: ImageSpec) -> str:
             return stored
         return f"model.layers.{images.cross_attention_layers[int(crossing[1])]}.{_CROSSING[crossing[2]]}"
     name = stored.removeprefix(_ENCODER)
-    block = re.fullmatch(r"((?:global_)?transformer)\.resblocks\.(\d+)\.(gate_attn|gate_ffn|(.+)\.(weight|bias))", name)
+    block = re.fullmatch(r"((?:global_)?transformer)\.resblocks\.(\d+)\.(.+)", name)
     if block:
-        part = block[3] if block[4] is None else f"{_BLOCK.get(block[4], block[4])}.{block[5]}"
-        return f"vision_model.{block[1]}.layers.{block[2]}.{part}"
+        return f"vision_model.{block[1]}.layers.{block[2]}.{block_name(block[3])}"
     if name in _OF_ENCODER:
         return f"vision_model.{_OF_ENCODER[name]}"
     return stored.replace("vision_model.vision_projection.", "multi_modal_projector.")
+
+
+def block_name(part: str) -> str:
+    """Of a tensor of a layer of the vision transformer; what is not known stays as it is called."""
+    module, _, kind = part.rpartition(".")
+    return f"{_BLOCK[module]}.{kind}" if module in _BLOCK else part
 
 
 def _table(name: str, tensor: LazyTensor, images: ImageSpec) -> LazyTensor:
