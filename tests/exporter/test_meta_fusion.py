@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
-from exporter.checkpoint import meta_fusion, open_checkpoint, read_spec
+from exporter.checkpoint import BUNDLED_MODEL, meta_fusion, open_checkpoint, read_spec
+from exporter.cli import app
 from exporter.errors import InputError
 from exporter.images import PROCESSOR, check_processor, copy_processor
 from exporter.model.reference import FULL_PRECISION, Reference
@@ -212,3 +214,20 @@ def test_pixels_are_made_as_those_of_the_release(meta: Path, tmp_path: Path) -> 
     copy_processor(meta, tmp_path, fusion)
     written = json.loads((tmp_path / PROCESSOR).read_text())
     assert written == {**FUSION_PROCESSOR, "size": {"height": 56, "width": 56}}
+
+
+@pytest.mark.slow
+@pytest.mark.toolchain
+def test_a_folder_of_metas_is_exported_with_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = toy_of("Llama 4 Scout", tmp_path / "toy", vocab_size=2048, vision_config=TOY_FUSION)
+    monkeypatch.setattr(meta_fusion, "IMAGE_TOKEN", toy.model.config.image_token_index)
+    folder = write_meta_fusion(toy, tmp_path / "meta")
+    for file in BUNDLED_MODEL.glob("tokenizer*.json"):  # whose ids are the first of the vocabulary
+        (folder / file.name).write_bytes(file.read_bytes())
+    words = [str(folder), "-t", "onnxruntime", "-p", "fp32", "--images", "--json", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*words, "--store", str(tmp_path / "store")])
+    assert result.exit_code == 0, result.output
+    manifest = json.loads(result.stdout)[0]["manifest"]
+    verdicts = {name: manifest[name]["verdict"] for name in ("codes", "parity", "images")}
+    assert verdicts == {"codes": "passed", "parity": "passed", "images": "passed"}
+    assert (tmp_path / "out" / "onnxruntime" / PROCESSOR).exists()
