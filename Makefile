@@ -72,6 +72,8 @@ check-arm64: setup
 
 # Every type of llama.cpp's own quantizer, built from the source of llama-cpp-python: cmake and a C++ compiler.
 check-gguf: setup
+# Before the tests, each of which has a bound of time.
+	$(BIN)/python -c "from benchmarks.rivals import llamacpp; llamacpp.build()"
 	$(BIN)/pytest -m gguf tests/gguf
 
 # Other tools are quantized with, too: an environment of its own, and a C++ compiler and cmake for llama.cpp.

@@ -92,6 +92,11 @@ def write_toy(folder: Path, *, seed: int = 0, shards: int = 1, **config: Any) ->
     return Toy(folder=folder, model=model)
 
 
+def later(*values: Any) -> list[Any]:
+    """Parameters of a test that are left to make test-matrix."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def with_tokenizer(toy: Toy) -> Toy:
     """With the bundled model's tokenizer, whose ids are the first of the vocabulary."""
     for file in BUNDLED_MODEL.glob("tokenizer*.json"):

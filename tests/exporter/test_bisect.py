@@ -28,7 +28,7 @@ from exporter.quantized import QuantizedTensor, pack_int4
 from exporter.spec import PER_ROW, Activations, Logits, Plan, Prefer
 from exporter.store import WeightStore
 from targets.base import Observation, Target
-from tests.conftest import Toy
+from tests.conftest import Toy, later
 from tests.test_contract import VICTIM, OneWeightChanged, drop_write_coreml, one_scale_up
 
 pytestmark = pytest.mark.toolchain
@@ -229,7 +229,7 @@ def test_a_dropped_cache_write_is_found_in_its_attention(
         assert parted(workshop) == [(1, "attention")]
 
 
-@pytest.mark.parametrize("name", ["executorch", "coreml"])
+@pytest.mark.parametrize("name", [*later("executorch"), "coreml"])
 def test_validate_names_the_matrix_in_every_kind_of_bundle(
     name: str, made: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:

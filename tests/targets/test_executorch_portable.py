@@ -60,6 +60,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Lowered]:
     return lowered
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "bound"), [(name, 1e-3 if name == "fp16" else 1e-4) for name in SCHEMES])
 def test_logits_equal_the_references(toy: Callable[[str], Lowered], scheme: str, bound: float) -> None:
     lowered, ids = toy(scheme), tokens(sum(CUTS))
