@@ -1,9 +1,15 @@
-"""Memory that nothing holds any more, given back before the next stage asks for its own."""
+"""Memory of this host, and what nothing holds any more, given back before the next stage asks for its own."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
+
+
+def host_memory_bytes() -> int:
+    """All there is, whoever holds it."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def give_back_memory() -> None:

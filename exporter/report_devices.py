@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from exporter.memory import host_memory_bytes
 from exporter.terminal import open_console
 
 if TYPE_CHECKING:
@@ -159,12 +160,11 @@ def host_facts() -> dict[str, Any]:
     """What this host brings: processor, memory, disk, Python and the toolchains."""
     from exporter.bundle import TOOLS
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "cores": os.cpu_count(),
-        "memory_bytes": memory,
+        "memory_bytes": host_memory_bytes(),
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
         "tools": {name: version(name) for name in TOOLS},
     }

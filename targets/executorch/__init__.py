@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, ClassVar
 
 from exporter.errors import UsageError
+from exporter.memory import host_memory_bytes
 from exporter.spec import Activations, Arithmetic, Artifact, ModelSpec, Plan, Prefer, Report, WeightScheme
 
 if TYPE_CHECKING:
@@ -47,6 +48,12 @@ class ExecuTorchTarget:
         for name, shape in spec.weights().items():
             if len(shape) == 2 and shape[1] % scheme.groups(name, columns=shape[1]):
                 return f"{name} has {shape[1]} columns, which int4 groups of {scheme.group_size} do not divide"
+        needed, there = 4 * spec.parameters, host_memory_bytes()
+        if plan.images and self._rounds_activations(scheme) and needed > there:
+            return (
+                "its proof with an image takes all weights in float32 at once, "
+                f"{needed / 1e9:,.1f} GB, and this host has {there / 1e9:,.1f} GB of memory"
+            )
         return None
 
     def missing(self) -> str | None:

@@ -14,24 +14,22 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import targets
-from exporter.checkpoint import BUNDLED_MODEL, Checkpoint, open_checkpoint
-from exporter.checkpoint import read_spec as read_whole
+from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.checkpoint.config import read_spec
 from exporter.cli import app
-from exporter.errors import ExportError, InputError
+from exporter.errors import InputError
 from exporter.images import prove_images, scene_of
 from exporter.model.graph import Graph, Weight
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace, trace_program, trace_vision
 from exporter.parity import Drive
-from exporter.pipeline import refuse_early
-from exporter.planning import plan as plan_of
 from exporter.spec import Precision, Verdict
 from exporter.store import StoreKey, WeightStore
 from targets.base import seeing
-from tests.conftest import Toy, write_toy
+from tests.conftest import Toy, with_tokenizer, write_toy
 from tests.exporter.test_adapter import ALPHA, RANK, factors, write_adapter
-from tests.generations import FUSION_PROCESSOR, TOY_FUSION, WIDE, config_of, toy_config
+from tests.exporter.test_vision import refused
+from tests.generations import FUSION_PROCESSOR, TOY_FUSION, config_of, toy_config, wide_config
 
 IMAGE, STATES = 90, 4
 """The token of an image in a toy, and how many of them a tile takes."""
@@ -169,13 +167,6 @@ def test_what_the_graphs_would_not_honour_is_refused(
         read_spec(tmp_path)
 
 
-def refused(folder: Path, target: str, **choices: Any) -> str:
-    plan = plan_of(folder, target=target, images=True, calibration="none", **choices)
-    with pytest.raises(ExportError) as raised:
-        refuse_early(plan, read_whole(folder, images=True), {target: targets.load(target)})
-    return str(raised.value)
-
-
 @pytest.mark.parametrize(
     ("target", "choices", "sentence"),
     [
@@ -224,11 +215,8 @@ def test_a_scene_has_states_of_every_tile_among_its_first_tokens(fusing: tuple[C
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    config = toy_config("Llama 4 Scout", heads=WIDE["num_attention_heads"]) | WIDE
-    config |= {"intermediate_size": 512, "intermediate_size_mlp": 1536, "num_hidden_layers": 2}
-    toy = write_toy(tmp_path_factory.mktemp("wide"), **config, vision_config=TOY_FUSION)
-    for file in BUNDLED_MODEL.glob("tokenizer*.json"):
-        (toy.folder / file.name).write_bytes(file.read_bytes())
+    config = wide_config("Llama 4 Scout") | {"num_hidden_layers": 2}
+    toy = with_tokenizer(write_toy(tmp_path_factory.mktemp("wide"), **config, vision_config=TOY_FUSION))
     written(toy.folder)
     return toy
 

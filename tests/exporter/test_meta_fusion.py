@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from exporter.checkpoint import BUNDLED_MODEL, meta_fusion, open_checkpoint, read_spec
+from exporter.checkpoint import meta_fusion, open_checkpoint, read_spec
 from exporter.cli import app
 from exporter.errors import InputError
 from exporter.images import PROCESSOR, check_processor, copy_processor
 from exporter.model.reference import FULL_PRECISION, Reference
 from exporter.model.trace import trace, trace_vision
-from tests.conftest import Toy
+from tests.conftest import Toy, with_tokenizer
 from tests.exporter.test_fusion import IMAGE, places, text_with
 from tests.exporter.test_meta_experts import COLUMNS, ROWS, WHOLE, toy_of, write_meta_experts
 from tests.generations import FUSION_PROCESSOR, TOY_FUSION, config_of
@@ -222,8 +222,7 @@ def test_a_folder_of_metas_is_exported_with_images(tmp_path: Path, monkeypatch: 
     toy = toy_of("Llama 4 Scout", tmp_path / "toy", vocab_size=2048, vision_config=TOY_FUSION)
     monkeypatch.setattr(meta_fusion, "IMAGE_TOKEN", toy.model.config.image_token_index)
     folder = write_meta_fusion(toy, tmp_path / "meta")
-    for file in BUNDLED_MODEL.glob("tokenizer*.json"):  # whose ids are the first of the vocabulary
-        (folder / file.name).write_bytes(file.read_bytes())
+    with_tokenizer(Toy(folder=folder, model=toy.model))
     words = [str(folder), "-t", "onnxruntime", "-p", "fp32", "--images", "--json", "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(app, [*words, "--store", str(tmp_path / "store")])
     assert result.exit_code == 0, result.output

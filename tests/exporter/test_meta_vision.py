@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from exporter.checkpoint import BUNDLED_MODEL, open_checkpoint, read_spec
+from exporter.checkpoint import open_checkpoint, read_spec
 from exporter.cli import app
 from exporter.errors import InputError
 from exporter.images import PROCESSOR, check_processor, copy_processor
 from exporter.spec import RopeKind
 from exporter.tokenizer import open_tokenizer
-from tests.conftest import Toy, write_toy
+from tests.conftest import Toy, with_tokenizer, write_toy
 from tests.exporter.test_meta import interleaved
 from tests.exporter.test_vision import IDS, text_of
 from tests.exporter.test_vision_formats import differs
@@ -324,8 +324,7 @@ def test_pixels_are_made_as_those_of_the_release(meta: Path, tmp_path: Path) -> 
 def test_a_folder_of_metas_is_exported_with_images(tmp_path: Path) -> None:
     toy = toy_of(tmp_path / "toy", vocab_size=2048)
     folder = write_meta_vision(toy, tmp_path / "meta", vocab_size=2048)
-    for file in BUNDLED_MODEL.glob("tokenizer*.json"):  # whose ids are the first of the vocabulary
-        (folder / file.name).write_bytes(file.read_bytes())
+    with_tokenizer(Toy(folder=folder, model=toy.model))
     words = [str(folder), "-t", "onnxruntime", "-p", "fp32", "--images", "--json", "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(app, [*words, "--store", str(tmp_path / "store")])
     assert result.exit_code == 0, result.output

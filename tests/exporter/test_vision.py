@@ -24,6 +24,7 @@ from exporter.pipeline import refuse_early
 from exporter.planning import plan as plan_of
 from exporter.spec import EMBEDDING, Precision
 from exporter.store import StoreKey, WeightStore, plain
+from targets import executorch
 from tests.conftest import Toy, write_toy
 from tests.generations import PROCESSOR, config_of, toy_config
 
@@ -211,6 +212,19 @@ def refused(folder: Path, target: str, **choices: Any) -> str:
     with pytest.raises(ExportError) as raised:
         refuse_early(plan, read_whole(folder, images=True), {target: targets.load(target)})
     return str(raised.value)
+
+
+def test_weights_that_cannot_all_be_in_memory_are_refused_where_the_proof_wants_them(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, target = read_whole(toy.folder, images=True), targets.load("executorch")
+    choices: dict[str, Any] = {"target": "executorch", "images": True, "calibration": "none"}
+    int4, fp32 = (plan_of(toy.folder, precision=precision, **choices) for precision in ("int4", "fp32"))
+    monkeypatch.setattr(executorch, "host_memory_bytes", lambda: 4 * spec.parameters - 1)
+    assert "takes all weights in float32 at once" in str(target.refuse(spec, int4))
+    assert target.refuse(spec, fp32) is None
+    monkeypatch.setattr(executorch, "host_memory_bytes", lambda: 4 * spec.parameters)
+    assert target.refuse(spec, int4) is None
 
 
 @pytest.mark.parametrize(
